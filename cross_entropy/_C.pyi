@@ -1,0 +1,19 @@
+from torch import Tensor
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    inplace: bool,
+) -> Tensor: ...
+def row_stats(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def cpu_isa() -> str: ...

@@ -1,0 +1,17 @@
+"""Cross-entropy for PyTorch in one read of the logits.
+
+>>> import torch, cross_entropy
+>>> loss = cross_entropy.CrossEntropyLoss()
+>>> loss(torch.tensor([100.0, 1, 1, 1]), torch.tensor([1.0, 0, 0, 0]))
+tensor(-0.)
+>>> loss(torch.tensor([1.0, 0, 0, 0]), torch.tensor([1.0, 0, 0, 0]))
+tensor(0.7437)
+>>> loss(torch.tensor([[1.0, 1, 100, 1]]), torch.tensor([2]))
+tensor(-0.)
+"""
+
+from cross_entropy.functional import RowStats, cross_entropy, row_stats
+from cross_entropy.modules import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss", "RowStats", "cross_entropy", "row_stats"]
+__version__ = "0.1.0"

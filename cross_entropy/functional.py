@@ -1,0 +1,130 @@
+"""The functions of the package: argument forms around the compiled operators."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as _Reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from cross_entropy import _C
+
+__all__ = ["RowStats", "cross_entropy", "row_stats"]
+
+
+class RowStats(NamedTuple):
+    """What one read of the logits tells about each row; see :func:`row_stats`."""
+
+    maximum: Tensor
+    logsumexp: Tensor
+    loss: Tensor
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    r"""Cross-entropy between logits and targets: a drop-in for :func:`torch.nn.functional.cross_entropy`.
+
+    With logits :math:`z`, coefficients :math:`a_c = w_c\,((1-\varepsilon)\,q_c + \varepsilon/C)` and
+    :math:`q` the target's probabilities (1 at a class index), a row's loss is
+    :math:`\sum_c a_c\,(\ln \sum_k e^{z_k} - z_c)`.
+
+    The logits are read once. If they need a gradient and the reduction is ``"mean"`` or ``"sum"``, it is computed
+    in the same pass (float16 excepted: its range cannot hold a gradient before the loss scale is known).
+
+    Args:
+        input: unnormalised logits of shape (C), (N, C) or (N, C, d1, …, dK), in any memory layout; float32, float64,
+            float16 or bfloat16. Half types are computed in float32.
+        target: class indices of shape (), (N) or (N, d1, …, dK), int64, int32 or, for (C) and (N, C), uint8; or class
+            probabilities of the input's shape. Probabilities may require a gradient.
+        weight: of each class, shape (C). With probabilities it may require a gradient.
+        size_average: deprecated, see `reduction`.
+        ignore_index: rows with this target have no loss, no gradient and no part in the mean, and are not read. Not
+            for probabilities.
+        reduce: deprecated, see `reduction`.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the kept rows' total class weight, or for
+            probabilities by the number of rows.
+        label_smoothing: ε in [0, 1].
+        inplace: the gradient replaces the logits in memory instead of taking as much again. It is there after this
+            call (float16, or ``reduction="none"``: after the backward pass). What needs the logits later in a
+            backward pass raises an error; a second backward pass is not possible. Without a gradient to compute the
+            logits are left alone.
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor of the target's shape without classes; in the input's dtype.
+
+    Raises:
+        IndexError: a class index is out of bounds.
+        ValueError, RuntimeError, TypeError, NotImplementedError: as torch's function for the same mistake.
+
+    >>> cross_entropy(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]))
+    tensor(0.4076)
+    """
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            inplace=inplace,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    number = _Reduction.get_enum(reduction)
+    if torch.compiler.is_compiling():
+        operators = torch.ops.cross_entropy
+        operator = operators.cross_entropy_ if inplace else operators.cross_entropy
+        return operator(input, target, weight, number, ignore_index, label_smoothing)
+    return _C.cross_entropy(input, target, weight, number, ignore_index, label_smoothing, inplace)
+
+
+def row_stats(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> RowStats:
+    """Each row's maximum, logsumexp and loss, from a single read of the logits.
+
+    Args:
+        logits, target, weight, ignore_index, label_smoothing: as in :func:`cross_entropy`.
+
+    Returns:
+        RowStats of three tensors of the shape of the rows, (), (N) or (N, d1, …, dK), in float64 for float64 logits
+        and float32 for all others. `logsumexp` and `loss` are differentiable. In an ignored row the loss is 0; the
+        maximum and the logsumexp are its own.
+
+    >>> row_stats(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]))
+    RowStats(maximum=tensor([3.]), logsumexp=tensor([3.4076]), loss=tensor([0.4076]))
+    """
+    if has_torch_function_variadic(logits, target, weight):
+        return handle_torch_function(
+            row_stats,
+            (logits, target, weight),
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+    if torch.compiler.is_compiling():
+        operator = torch.ops.cross_entropy.row_stats
+        return RowStats(*operator(logits, target, weight, ignore_index, label_smoothing))
+    return RowStats(*_C.row_stats(logits, target, weight, ignore_index, label_smoothing))

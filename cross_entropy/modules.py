@@ -1,0 +1,45 @@
+"""The loss as a module."""
+
+import torch
+from torch import Tensor
+
+from cross_entropy.functional import cross_entropy
+
+__all__ = ["CrossEntropyLoss"]
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """A drop-in for :class:`torch.nn.CrossEntropyLoss`; the arguments are those of :func:`cross_entropy.cross_entropy`.
+
+    `weight` is a buffer of the module.
+
+    >>> CrossEntropyLoss()(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]))
+    tensor(0.4076)
+    """
+
+    inplace: bool
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.inplace = inplace
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            inplace=self.inplace,
+        )

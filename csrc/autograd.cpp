@@ -1,0 +1,323 @@
+// Autograd above the operators: the backward node, and the cases that are written from differentiable operators.
+
+#include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Reduction.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "formulas.h"
+#include "ops.h"
+
+namespace ce {
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// Nodes are held by std::shared_ptr up to torch 2.12 and by c10::intrusive_ptr since.
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+template <typename T>
+auto make_node() {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
+    return std::make_shared<T>();
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
+
+bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->defined() && tensor->requires_grad(); }
+
+bool has_tangent(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() && tensor->_fw_grad(/*level=*/0).defined();
+}
+
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
+
+// Of the loss (input 0 of the node) and, for row_stats, of each row's lse (input 1).
+struct LossBackward : Node {
+  enum Output { kLogits, kTarget, kWeight };
+
+  Options options{};
+  SavedVariable logits, target, weight;
+  SavedVariable max, sum;       // where the gradient is left to the backward pass
+  Tensor grad;                  // where the forward pass has computed it, for an upstream gradient of 1
+  bool overwrites_logits = false;
+
+  std::string name() const override { return "CrossEntropyBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&logits, &target, &weight, &max, &sum}) {
+      saved->reset_data();
+    }
+    grad.reset();
+  }
+
+  variable_list apply(variable_list&& inputs) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list outputs(num_outputs());
+    const Tensor grad_loss = inputs[0];
+    const Tensor grad_lse = inputs.size() > 1 ? inputs[1] : Tensor();
+    if (!grad_loss.defined() && !grad_lse.defined()) {
+      return outputs;
+    }
+    if (grad.defined() && !at::GradMode::is_enabled()) {
+      // Handed out once: what the engine has got is never written to again.
+      Tensor result = std::move(grad);
+      if (at::isTensorSubclassLike(grad_loss)) {
+        result = (result * grad_loss).to(result.scalar_type());
+      } else {
+        op::scale_(result, grad_loss);
+      }
+      outputs[kLogits] = std::move(result);
+      return outputs;
+    }
+    const Tensor x = logits.unpack();
+    const Tensor q = target.unpack();
+    const OptionalTensor w = weight.unpack();
+    if (at::GradMode::is_enabled()) {
+      TORCH_CHECK(!overwrites_logits, "cross_entropy: inplace=True has no double backward");
+      auto grads = formulas::gradients(grad_loss, grad_lse, x, q, w, options);
+      for (const auto i : c10::irange(num_outputs())) {
+        if (task_should_compute_output(i)) {
+          outputs[i] = std::move(grads[i]);
+        }
+      }
+      return outputs;
+    }
+    Tensor row_max = max.unpack();
+    Tensor row_sum = sum.unpack();
+    if (!row_max.defined()) {
+      std::tie(std::ignore, row_max, row_sum, std::ignore) = op::forward(x, q, w, options);
+    }
+    const Tensor upstream = grad_loss.defined() ? grad_loss : at::zeros({}, row_max.options());
+    if (task_should_compute_output(kTarget)) {
+      outputs[kTarget] = op::target_backward(upstream, x, q, w, row_max, row_sum, options);
+    }
+    if (task_should_compute_output(kWeight)) {
+      outputs[kWeight] = op::weight_backward(upstream, x, q, *w, row_max, row_sum, options);
+    }
+    if (task_should_compute_output(kLogits)) {
+      if (overwrites_logits) {
+        const Tensor overwritten = x.detach();
+        op::backward_(overwritten, upstream, q, w, row_max, row_sum, options);
+        torch::autograd::impl::bump_version(x);
+        outputs[kLogits] = overwritten;
+      } else {
+        outputs[kLogits] = op::backward(upstream, grad_lse, x, q, w, row_max, row_sum, options);
+      }
+    }
+    return outputs;
+  }
+};
+
+// Stands for logits that hold their gradient: whoever needs them in a backward pass gets an error, not garbage.
+struct OverwrittenLogits : Node {
+  std::string name() const override { return "OverwrittenLogits"; }
+  variable_list apply(variable_list&&) override {
+    TORCH_CHECK(false, "the logits were overwritten with their gradient by cross_entropy(..., inplace=True); what was "
+                       "computed from them afterwards has no gradient");
+  }
+};
+
+// The forward pass has to leave the gradient in a dtype that holds it before the upstream gradient is known. Float16
+// does not: gradients of 1e-8 that a loss scale of 65536 is about to rescue would be lost.
+bool computes_grad_in_forward(const Tensor& logits, const Options& options) {
+  return options.reduction != at::Reduction::None && logits.scalar_type() != at::kHalf;
+}
+
+auto make_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options) {
+  auto node = make_node<LossBackward>();
+  node->options = options;
+  node->set_next_edges(torch::autograd::collect_next_edges(logits, target, or_undefined(weight)));
+  return node;
+}
+
+template <typename NodeType>
+void save_inputs(NodeType& node, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
+  node->logits = SavedVariable(logits, /*is_output=*/false);
+  node->target = SavedVariable(target, false);
+  node->weight = SavedVariable(or_undefined(weight), false);
+}
+
+void check_index_weight(const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
+  TORCH_CHECK(is_probabilities(logits, target) || !requires_grad(weight) || !at::GradMode::is_enabled(),
+              "The function 'cross_entropy' is not differentiable with respect to argument 'weight' for class indices. "
+              "This input cannot have requires_grad True.");
+}
+
+bool needs_graph(const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
+  return at::GradMode::is_enabled() && (logits.requires_grad() || target.requires_grad() || requires_grad(weight));
+}
+
+Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                     int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  check_index_weight(logits, target, weight);
+  if (has_tangent(logits) || has_tangent(target) || has_tangent(weight)) {
+    check(logits, target, weight, options);
+    return formulas::loss(logits, target, weight, options);
+  }
+  if (!needs_graph(logits, target, weight)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op::loss(logits, target, weight, options);
+  }
+  auto node = make_backward(logits, target, weight, options);
+  Tensor loss, max, sum;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (computes_grad_in_forward(logits, options) && !target.requires_grad() && !requires_grad(weight)) {
+      std::tie(loss, node->grad) = op::forward_grad(logits, target, weight, options);
+    } else {
+      std::tie(loss, max, sum, std::ignore) = op::forward(logits, target, weight, options);
+      node->max = SavedVariable(max, false);
+      node->sum = SavedVariable(sum, false);
+    }
+  }
+  save_inputs(node, logits, target, weight);
+  torch::autograd::set_history(loss, node);
+  return loss;
+}
+
+Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                      int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  check(logits, target, weight, options);
+  check_index_weight(logits, target, weight);
+  TORCH_CHECK(!target.requires_grad() && !requires_grad(weight),
+              "cross_entropy: inplace=True overwrites the logits that the gradients of target and weight need");
+  TORCH_CHECK(!has_tangent(logits) && !has_tangent(target) && !has_tangent(weight),
+              "cross_entropy: inplace=True has no forward-mode gradient");
+  if (!needs_graph(logits, target, weight)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op::loss(logits, target, weight, options);
+  }
+  torch::autograd::check_inplace(logits, /*requires_grad=*/true);
+  TORCH_CHECK(logits.is_non_overlapping_and_dense(),
+              "cross_entropy: inplace=True needs logits that are dense in memory and do not overlap");
+  auto node = make_backward(logits, target, weight, options);
+  Tensor loss, max, sum;
+  if (computes_grad_in_forward(logits, options)) {
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      node->grad = logits.detach();
+      loss = op::forward_grad_(node->grad, target, weight, options);
+    }
+    torch::autograd::impl::bump_version(logits);
+    auto overwritten = make_node<OverwrittenLogits>();
+    overwritten->set_next_edges(torch::autograd::collect_next_edges(logits));
+    torch::autograd::rebase_history(logits, overwritten);
+  } else {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, max, sum, std::ignore) = op::forward(logits, target, weight, options);
+    node->max = SavedVariable(max, false);
+    node->sum = SavedVariable(sum, false);
+    node->overwrites_logits = true;
+    save_inputs(node, logits, target, weight);
+  }
+  torch::autograd::set_history(loss, node);
+  return loss;
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_stats_autograd(const Tensor& logits, const Tensor& target,
+                                                      const OptionalTensor& weight, int64_t ignore_index,
+                                                      double label_smoothing) {
+  const Options options{at::Reduction::None, ignore_index, label_smoothing,
+                        logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat};
+  check(logits, target, weight, options);
+  check_index_weight(logits, target, weight);
+  Tensor loss, max, sum, lse;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, max, sum, lse) = op::forward(logits, target, weight, options);
+  }
+  if (has_tangent(logits) || has_tangent(target) || has_tangent(weight)) {
+    return {max, formulas::lse(logits), formulas::loss(logits, target, weight, options)};
+  }
+  if (needs_graph(logits, target, weight)) {
+    auto node = make_backward(logits, target, weight, options);
+    node->max = SavedVariable(max, false);
+    node->sum = SavedVariable(sum, false);
+    save_inputs(node, logits, target, weight);
+    torch::autograd::set_history(loss, node);
+    torch::autograd::set_history(lse, node);
+  }
+  return {max, lse, loss};
+}
+
+}  // namespace
+
+Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                     int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  if (at::isFloatingType(target.scalar_type()) && at::isFloatingType(logits.scalar_type()) &&
+      is_probabilities(logits, target)) {
+    ScalarType promoted = c10::promoteTypes(logits.scalar_type(), target.scalar_type());
+    if (weight && weight->defined()) {
+      promoted = c10::promoteTypes(promoted, weight->scalar_type());
+    }
+    if (promoted != logits.scalar_type() || promoted != target.scalar_type()) {
+      return op::loss(logits.to(promoted), target.to(promoted), weight, options);
+    }
+  }
+  return op::loss(logits, target, weight, options);
+}
+
+Tensor cross_entropy_(Tensor logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                      int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  static const auto call = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("cross_entropy::cross_entropy_", "")
+                               .typed<decltype(loss_autograd_)>();
+  return call.call(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                             int64_t ignore_index, double label_smoothing) {
+  static const auto call = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("cross_entropy::row_stats", "")
+                               .typed<decltype(row_stats_autograd)>();
+  return call.call(logits, target, weight, ignore_index, label_smoothing);
+}
+
+namespace {
+
+// Autocast runs the loss in float32, as torch does. The kernels read half types and compute in float32 anyway, so
+// that asking for a float32 loss gives the same result without a copy of the logits.
+Tensor loss_autocast(c10::DeviceType device, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                     int64_t reduction, int64_t ignore_index, double label_smoothing,
+                     std::optional<ScalarType> dtype) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const ScalarType type = logits.scalar_type();
+  const bool half = type == at::kHalf || type == at::kBFloat16;
+  return op::loss(logits, target, weight,
+                  {reduction, ignore_index, label_smoothing, half && !dtype ? at::kFloat : dtype});
+}
+
+template <c10::DeviceType kDevice>
+Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  return loss_autocast(kDevice, logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
+  m.impl("loss", &loss_autograd);
+  m.impl("cross_entropy_", &loss_autograd_);
+  m.impl("row_stats", &row_stats_autograd);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy, AutocastCPU, m) { m.impl("loss", &autocast<c10::kCPU>); }
+TORCH_LIBRARY_IMPL(cross_entropy, AutocastCUDA, m) { m.impl("loss", &autocast<c10::kCUDA>); }
+
+}  // namespace ce

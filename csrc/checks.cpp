@@ -1,0 +1,81 @@
+#include "checks.h"
+
+#include <ATen/core/Reduction.h>
+#include <c10/util/Exception.h>
+
+namespace ce {
+namespace {
+
+void check_weight(const at::Tensor& logits, const at::Tensor& weight, const char* who) {
+  const auto& classes = logits.sym_size(class_dim(logits));
+  TORCH_CHECK(weight.dim() == 1 && weight.sym_numel() == classes, who,
+              "weight tensor should be defined either for all ", classes,
+              " classes or no classes but got weight tensor of shape: ", weight.sym_sizes());
+}
+
+void check_index_shapes(const at::Tensor& logits, const at::Tensor& target) {
+  const auto sizes = logits.sym_sizes();
+  const auto dim = logits.dim();
+  if (dim == 1) {
+    TORCH_CHECK(target.dim() <= 1, "0D or 1D target tensor expected, multi-target not supported");
+    TORCH_CHECK_VALUE(target.dim() == 0 || target.sym_size(0) == 1,
+                      "For 1D input, 1D target must have size 1, but got target size: ", target.sym_size(0));
+    return;
+  }
+  const c10::SymInt target_rows = target.dim() == 0 ? c10::SymInt(0) : target.sym_size(0);
+  TORCH_CHECK_VALUE(target.dim() > 0 && sizes[0] == target_rows, "Expected input batch_size (", sizes[0],
+                    ") to match target batch_size (", target_rows, ").");
+  TORCH_CHECK(dim != 2 || target.dim() == 1, "0D or 1D target tensor expected, multi-target not supported");
+  TORCH_CHECK(dim != 4 || target.dim() == 3,
+              "only batches of spatial targets supported (3D tensors) but got targets of dimension: ", target.dim());
+  c10::SymDimVector expected(sizes.begin(), sizes.end());
+  expected.erase(expected.begin() + 1);
+  TORCH_CHECK(c10::SymIntArrayRef(expected) == target.sym_sizes(), "Expected target size ",
+              c10::SymIntArrayRef(expected), ", got ", target.sym_sizes());
+}
+
+}  // namespace
+
+void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options& options) {
+  const auto& [reduction, ignore_index, label_smoothing, dtype] = options;
+  const bool has_weight = weight && weight->defined();
+  TORCH_CHECK(logits.layout() == at::kStrided, "cross_entropy expects dense logits, got ", logits.layout());
+  TORCH_CHECK(target.device() == logits.device() && (!has_weight || weight->device() == logits.device()),
+              "Expected all tensors to be on the same device, but got input on ", logits.device(), ", target on ",
+              target.device(), has_weight ? c10::str(" and weight on ", weight->device()) : "");
+  TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction,
+                    " is not a valid value for reduction");
+
+  const bool probabilities = is_probabilities(logits, target);
+  if (probabilities) {
+    TORCH_CHECK(at::isFloatingType(target.scalar_type()),
+                "Expected floating point type for target with class probabilities, got ", target.scalar_type());
+    TORCH_CHECK(ignore_index < 0, "ignore_index is not supported for floating point target");
+  }
+  TORCH_CHECK(logits.dim() > 0, "Expected 1 or more dimensions (got 0)");
+  const auto type = logits.scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+                              "\"cross_entropy\" not implemented for '", type, "'");
+  TORCH_CHECK(!(label_smoothing > 1), "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  TORCH_CHECK(!dtype || at::isFloatingType(*dtype), "Expected a floating point dtype for the loss, got ", *dtype);
+
+  if (probabilities) {
+    TORCH_CHECK(target.scalar_type() == type, "expected scalar type ", type, " but found ", target.scalar_type());
+    if (has_weight) {
+      check_weight(logits, *weight, "cross_entropy: ");
+    }
+    return;
+  }
+  check_index_shapes(logits, target);
+  if (has_weight) {
+    check_weight(logits, *weight, "");
+    TORCH_CHECK(weight->scalar_type() == type || (dtype && weight->scalar_type() == *dtype),
+                "expected scalar type ", type, " but found ", weight->scalar_type());
+  }
+  const auto index_type = target.scalar_type();
+  TORCH_CHECK(index_type == at::kLong || index_type == at::kInt || index_type == at::kByte,
+              "expected target dtype to be Long or Byte, but got ", index_type);
+  TORCH_CHECK(index_type != at::kByte || logits.dim() <= 2, "expected scalar type Long but found Byte");
+}
+
+}  // namespace ce

@@ -1,0 +1,112 @@
+#include <algorithm>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include "tile.h"
+
+namespace ce::cpu {
+namespace {
+
+template <typename T>
+struct Backward {
+  using A = Acc<T>;
+  const Problem& p;
+  const Tiling tiling;
+  const TileKernels<T>& kernels;
+
+  explicit Backward(const Problem& problem) : p(problem), tiling(problem), kernels(tile_kernels<T>()) {}
+
+  // Calls f(tile, begin, end) for all pieces of all tiles.
+  template <typename F>
+  void for_each_piece(F&& f) const {
+    const int64_t items = tiling.tiles * tiling.pieces;
+    at::parallel_for(0, items, tiling.grain(p, items), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t begin = i % tiling.pieces * kPiece;
+        f(tiling.tile(i / tiling.pieces), begin, std::min(p.classes, begin + kPiece));
+      }
+    });
+  }
+
+  MaxSum<A> exps(int64_t row) const {
+    const int64_t offset = row_offset(p, row, p.row_strides);
+    return {static_cast<const A*>(p.max)[offset], static_cast<const A*>(p.sum)[offset]};
+  }
+
+  void logits() const {
+    double shared[kMaxLanes] = {};  // of an index target every row has the same coefficients, but for the target's
+    const bool probabilities = p.target_type == TargetType::kProbabilities;
+    if (has_coefficients(p) && !probabilities) {
+      kernels.sum_coefficients(p, true, {0, 1}, shared);
+    }
+    for_each_piece([&](Tile tile, int64_t begin, int64_t end) {
+      TileTargets<A> targets(p, tile);
+      double coefficients[kMaxLanes];
+      std::fill(coefficients, coefficients + kMaxLanes, shared[0]);
+      if (probabilities) {
+        kernels.sum_coefficients(p, tiling.along, tile, coefficients);
+      }
+      TileGradient<A> gradient;
+      for (int lane = 0; lane < tile.rows; ++lane) {
+        const int64_t row = tile.row + lane;
+        if (targets.index[lane] >= 0) {
+          coefficients[lane] += smoothing_of<A>(p).keep * targets.weight[lane];
+        }
+        const A upstream = targets.kept[lane] ? upstream_of<A>(p, row) : A(0);
+        gradient.set(lane, make_row_gradient<A>(exps(row), A(coefficients[lane]), upstream,
+                                                row_value<A>(p, p.grad_lse, row, 0)));
+        targets.kept[lane] |= p.grad_lse.data != nullptr;  // an ignored row has no loss, but a log-sum-exp
+      }
+      kernels.gradient(p, tiling.along, tile, targets, gradient, begin, end);
+    });
+  }
+
+  TileGradient<A> log_sums(Tile tile) const {
+    TileGradient<A> rows;
+    for (int lane = 0; lane < tile.rows; ++lane) {
+      const MaxSum<A> row = exps(tile.row + lane);
+      rows.set(lane, {row.max, row.log_sum(), upstream_of<A>(p, tile.row + lane)});
+    }
+    return rows;
+  }
+
+  void target() const {
+    for_each_piece([&](Tile tile, int64_t begin, int64_t end) {
+      kernels.target_gradient(p, tiling.along, tile, log_sums(tile), begin, end);
+    });
+  }
+
+  void weight() const {
+    // Each thread takes classes, not rows: nothing is shared, and the order of the rows is fixed.
+    constexpr int64_t kBlock = 256;
+    at::parallel_for(0, (p.classes + kBlock - 1) / kBlock, 1, [&](int64_t first, int64_t last) {
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block * kBlock;
+        const int64_t end = std::min(p.classes, begin + kBlock);
+        double sums[kBlock] = {};
+        for (int64_t i = 0; i < tiling.tiles; ++i) {
+          const Tile tile = tiling.tile(i);
+          kernels.weight_gradient(p, tiling.along, tile, log_sums(tile), begin, end, sums);
+        }
+        std::copy(sums, sums + (end - begin), static_cast<A*>(p.grad.data) + begin);
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void backward(const Problem& p) {
+  dispatch(p.dtype, [&](auto element) { Backward<decltype(element)>(p).logits(); });
+}
+
+void target_backward(const Problem& p) {
+  dispatch(p.dtype, [&](auto element) { Backward<decltype(element)>(p).target(); });
+}
+
+void weight_backward(const Problem& p) {
+  dispatch(p.dtype, [&](auto element) { Backward<decltype(element)>(p).weight(); });
+}
+
+}  // namespace ce::cpu

@@ -1,0 +1,149 @@
+#include <algorithm>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include "tile.h"
+
+namespace ce::cpu {
+namespace {
+
+template <typename A>
+void write_row(void* results, int64_t offset, double value) {
+  if (results) {
+    static_cast<A*>(results)[offset] = static_cast<A>(value);
+  }
+}
+
+template <typename T>
+struct Forward {
+  using A = Acc<T>;
+  const Problem& p;
+  const Tiling tiling;
+  const TileKernels<T>& kernels;
+
+  explicit Forward(const Problem& problem) : p(problem), tiling(problem), kernels(tile_kernels<T>()) {}
+
+  // A tile of ignored rows is read only for what does not depend on the targets.
+  bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || p.lse; }
+
+  void accumulate(Tile tile, const TileTargets<A>& targets, int64_t piece, RowState<double>* states) const {
+    const int64_t begin = piece * kPiece;
+    kernels.accumulate(p, tiling.along, tile, targets, begin, std::min(p.classes, begin + kPiece), states);
+  }
+
+  // Writes the rows' results and prepares their gradient.
+  TileGradient<A> finish(Tile tile, const TileTargets<A>& targets, const RowState<double>* states) const {
+    TileGradient<A> gradient;
+    for (int lane = 0; lane < tile.rows; ++lane) {
+      const int64_t row = tile.row + lane;
+      const int64_t offset = row_offset(p, row, p.row_strides);
+      const RowState<double>& state = states[lane];
+      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss() : 0);
+      write_row<A>(p.max, offset, state.exps.max);
+      write_row<A>(p.sum, offset, state.exps.sum);
+      if (p.lse) {
+        write_row<A>(p.lse, offset, state.exps.lse());
+      }
+      if (p.grad.data) {
+        const MaxSum<A> exps{A(state.exps.max), A(state.exps.sum)};
+        gradient.set(lane, make_row_gradient<A>(exps, A(state.coefficients), upstream_of<A>(p, row), 0));
+      }
+    }
+    return gradient;
+  }
+
+  // Rows enough for all threads: each thread takes whole tiles, whose logits are still in its cache for the gradient.
+  void by_tile() const {
+    at::parallel_for(0, tiling.tiles, tiling.grain(p, tiling.tiles), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Tile tile = tiling.tile(i);
+        const TileTargets<A> targets(p, tile);
+        RowState<double> states[kMaxLanes];
+        if (is_read(targets)) {
+          for (int64_t piece = 0; piece < tiling.pieces; ++piece) {
+            accumulate(tile, targets, piece, states);
+          }
+        }
+        const TileGradient<A> gradient = finish(tile, targets, states);
+        if (p.grad.data) {
+          kernels.gradient(p, tiling.along, tile, targets, gradient, 0, p.classes);
+        }
+      }
+    });
+  }
+
+  // Few rows of many classes: the threads share the pieces of a row.
+  void by_piece() const {
+    const int64_t items = tiling.tiles * tiling.pieces;
+    std::vector<RowState<double>> states(items * kMaxLanes);
+    const auto for_each_piece = [&](auto&& f) {
+      at::parallel_for(0, items, tiling.grain(p, items), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Tile tile = tiling.tile(i / tiling.pieces);
+          f(i, tile, TileTargets<A>(p, tile), i % tiling.pieces);
+        }
+      });
+    };
+    for_each_piece([&](int64_t i, Tile tile, const TileTargets<A>& targets, int64_t piece) {
+      if (is_read(targets)) {
+        accumulate(tile, targets, piece, &states[i * kMaxLanes]);
+      }
+    });
+    std::vector<TileGradient<A>> gradients(tiling.tiles);
+    for (int64_t t = 0; t < tiling.tiles; ++t) {
+      const Tile tile = tiling.tile(t);
+      RowState<double>* merged = &states[t * tiling.pieces * kMaxLanes];
+      for (int64_t piece = 1; piece < tiling.pieces; ++piece) {
+        for (int lane = 0; lane < tile.rows; ++lane) {
+          merged[lane] = merged[lane].merge(merged[piece * kMaxLanes + lane]);
+        }
+      }
+      gradients[t] = finish(tile, TileTargets<A>(p, tile), merged);
+    }
+    if (p.grad.data) {
+      for_each_piece([&](int64_t i, Tile tile, const TileTargets<A>& targets, int64_t piece) {
+        const int64_t begin = piece * kPiece;
+        kernels.gradient(p, tiling.along, tile, targets, gradients[i / tiling.pieces], begin,
+                         std::min(p.classes, begin + kPiece));
+      });
+    }
+  }
+
+  void total() const {
+    // Two stages with a fixed number of sums, so that the order is the same for any number of threads. −0 is the
+    // identity of addition: the total of losses of −0 is −0, as it is without a reduction.
+    constexpr int kSums = 8;
+    double sums[kSums];
+    std::fill(sums, sums + kSums, -0.0);
+    const A* loss = static_cast<const A*>(p.loss);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      sums[row % kSums] += loss[row_offset(p, row, p.row_strides)];
+    }
+    double total = -0.0;
+    for (const double sum : sums) {
+      total += sum;
+    }
+    const A* divisor = static_cast<const A*>(p.divisor);
+    *static_cast<A*>(p.total) = static_cast<A>(divisor ? total / *divisor : total);
+  }
+};
+
+}  // namespace
+
+void forward(const Problem& p) {
+  dispatch(p.dtype, [&](auto element) {
+    const Forward<decltype(element)> forward(p);
+    constexpr int64_t kTilesPerThread = 4;
+    if (forward.tiling.pieces > 1 && forward.tiling.tiles < kTilesPerThread * at::get_num_threads()) {
+      forward.by_piece();
+    } else {
+      forward.by_tile();
+    }
+    if (p.total) {
+      forward.total();
+    }
+  });
+}
+
+}  // namespace ce::cpu

@@ -1,0 +1,12 @@
+// The instruction sets that the kernels are compiled for, and the one that the running processor gets.
+#pragma once
+
+namespace ce::cpu {
+
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+// The widest that the processor has; the environment variable CROSS_ENTROPY_ISA (portable, avx2, avx512) lowers it.
+Isa isa();
+const char* isa_name();
+
+}  // namespace ce::cpu

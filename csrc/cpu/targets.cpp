@@ -1,0 +1,55 @@
+#include <algorithm>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include "tile.h"
+
+namespace ce::cpu {
+namespace {
+
+constexpr int64_t kBlock = 1 << 14;  // rows; fixed, so that the sums do not depend on the number of threads
+
+template <typename A>
+TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
+  const A* weights = static_cast<const A*>(p.weight);
+  TargetSummary summary;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t target = read_target(p, row);
+    if (target == p.ignore_index) {
+      continue;
+    }
+    if (target < 0 || target >= p.classes) {
+      summary.bad_row = row;
+      summary.bad_target = target;
+      return summary;
+    }
+    summary.weight += weights ? double(weights[target]) : 1.0;
+  }
+  return summary;
+}
+
+}  // namespace
+
+TargetSummary summarize_targets(const Problem& p) {
+  const auto summarize = p.dtype == DType::kFloat64 ? summarize_block<double> : summarize_block<float>;
+  if (p.rows <= kBlock) {
+    return summarize(p, 0, p.rows);
+  }
+  std::vector<TargetSummary> blocks((p.rows + kBlock - 1) / kBlock);
+  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      blocks[i] = summarize(p, i * kBlock, std::min(p.rows, (i + 1) * kBlock));
+    }
+  });
+  TargetSummary total;
+  for (const TargetSummary& block : blocks) {
+    if (block.bad_row >= 0) {
+      return block;
+    }
+    total.weight += block.weight;
+  }
+  return total;
+}
+
+}  // namespace ce::cpu

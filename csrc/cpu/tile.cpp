@@ -1,0 +1,39 @@
+#include "tile.h"
+
+namespace ce::cpu {
+namespace {
+
+// Lanes across rows need about half a vector of neighbouring rows to be worth it.
+constexpr int64_t kWorthALine = 8;
+
+}  // namespace
+
+Tiling::Tiling(const Problem& p) {
+  line = p.sizes[p.dims - 1];
+  along = p.logits.class_stride == 1 || line < kWorthALine;
+  lanes = along ? 1 : p.dtype == DType::kFloat64 ? kMaxLanes / 2 : kMaxLanes;
+  tiles_per_line = (line + lanes - 1) / lanes;
+  tiles = p.rows / line * tiles_per_line;
+  pieces = (p.classes + kPiece - 1) / kPiece;
+}
+
+template <typename A>
+TileTargets<A>::TileTargets(const Problem& p, Tile tile) : any_kept(false) {
+  const A* weights = static_cast<const A*>(p.weight);
+  for (int lane = 0; lane < tile.rows; ++lane) {
+    int64_t target = -1;
+    kept[lane] = true;
+    if (p.target_type != TargetType::kProbabilities) {
+      target = read_target(p, tile.row + lane);
+      kept[lane] = target != p.ignore_index;
+    }
+    index[lane] = kept[lane] ? target : -1;
+    weight[lane] = index[lane] >= 0 && weights ? weights[index[lane]] : A(1);
+    any_kept |= kept[lane];
+  }
+}
+
+template TileTargets<float>::TileTargets(const Problem&, Tile);
+template TileTargets<double>::TileTargets(const Problem&, Tile);
+
+}  // namespace ce::cpu

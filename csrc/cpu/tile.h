@@ -1,0 +1,115 @@
+// How the CPU kernels walk a problem: in tiles of rows, and a tile's classes in pieces.
+//
+// A vector's lanes run either along one row's classes or across several rows of the same class, whichever the layout
+// of the logits has next to each other. Pieces have a fixed size and are merged in their order, so that neither the
+// number of threads nor who computes a piece changes a bit of the result.
+#pragma once
+
+#include "../row_loss.h"
+#include "dtypes.h"
+
+namespace ce::cpu {
+
+constexpr int kMaxLanes = 16;           // floats in the widest vector
+constexpr int64_t kPiece = 1 << 14;     // classes
+constexpr int64_t kSerial = 1 << 15;    // elements that are not worth a second thread
+
+// Rows next to each other on the last dimension of the grid.
+struct Tile {
+  int64_t row;   // the first
+  int rows;      // 1 when lanes run along the classes
+};
+
+struct Tiling {
+  bool along;             // lanes run along the classes
+  int lanes;              // rows of a full tile
+  int64_t line;           // rows of the grid's last dimension
+  int64_t tiles_per_line;
+  int64_t tiles;
+  int64_t pieces;         // of a tile
+
+  explicit Tiling(const Problem& p);
+
+  Tile tile(int64_t i) const {
+    const int64_t first = i % tiles_per_line * lanes;
+    const int64_t rest = line - first;
+    return {i / tiles_per_line * line + first, rest < lanes ? static_cast<int>(rest) : lanes};
+  }
+  // Tiles or pieces that a thread should take at least.
+  int64_t grain(const Problem& p, int64_t items) const {
+    return kSerial / (p.rows * p.classes / items + 1) + 1;
+  }
+};
+
+// The targets of a tile's rows.
+template <typename A>
+struct TileTargets {
+  int64_t index[kMaxLanes];   // −1: ignored, or the target is probabilities
+  A weight[kMaxLanes];        // of the target's class
+  bool kept[kMaxLanes];
+  bool any_kept;
+
+  TileTargets(const Problem& p, Tile tile);
+};
+
+// What the gradient kernels need of a tile's rows.
+template <typename A>
+struct TileGradient {
+  A max[kMaxLanes] = {};
+  A scale[kMaxLanes] = {};
+  A upstream[kMaxLanes] = {};
+
+  void set(int lane, RowGradient<A> row) {
+    max[lane] = row.max;
+    scale[lane] = row.scale;
+    upstream[lane] = row.upstream;
+  }
+};
+
+template <typename A>
+inline Smoothing<A> smoothing_of(const Problem& p) {
+  return make_smoothing<A>(p.label_smoothing, p.classes);
+}
+
+// Whether classes other than an index target have coefficients.
+inline bool has_coefficients(const Problem& p) {
+  return p.target_type == TargetType::kProbabilities || p.label_smoothing > 0;
+}
+
+// A row's value of an operand of shape (rows), or `otherwise` where there is none.
+template <typename A>
+inline A row_value(const Problem& p, const Input& operand, int64_t row, A otherwise) {
+  return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : otherwise;
+}
+
+// The upstream gradient of a row's loss over the divisor of the reduction.
+template <typename A>
+inline A upstream_of(const Problem& p, int64_t row) {
+  const A upstream = row_value<A>(p, p.grad_loss, row, 1);
+  return p.divisor ? upstream / *static_cast<const A*>(p.divisor) : upstream;
+}
+
+// The kernels over the classes [begin, end) of a tile, for one element type and the running processor.
+template <typename T>
+struct TileKernels {
+  using A = Acc<T>;
+  // Merges into states[lane] what the classes add to the state of each row.
+  void (*accumulate)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end,
+                     RowState<double>* states);
+  // The gradient of the logits.
+  void (*gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileGradient<A>&, int64_t begin,
+                   int64_t end);
+  // The sum of each row's coefficients, without a look at the logits.
+  void (*sum_coefficients)(const Problem&, bool along, Tile, double* sums);
+  // upstream · (1 − ε) · w_c · (lse − z_c), the gradient of the probabilities. `scale` holds ln Σ exp(z − max).
+  void (*target_gradient)(const Problem&, bool along, Tile, const TileGradient<A>&, int64_t begin, int64_t end);
+  // Adds Σ upstream · q'_c · (lse − z_c) over the tile's rows to sums[c − begin], the gradient of the class weights.
+  void (*weight_gradient)(const Problem&, bool along, Tile, const TileGradient<A>&, int64_t begin, int64_t end,
+                          double* sums);
+  void (*scale)(T* data, int64_t count, A factor);
+};
+
+template <typename T>
+const TileKernels<T>& tile_kernels();
+
+}  // namespace ce::cpu

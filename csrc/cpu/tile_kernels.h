@@ -1,0 +1,324 @@
+// The kernels of tile.h for one instruction set. Included by foreach_isa.h's rounds, so without a guard.
+
+#include "simd.h"
+
+namespace ce::cpu::CE_ISA {
+
+// A tile of an operand of shape (rows, classes): vector c starts at class c, its lanes as many as exist.
+template <typename T, bool kAlong>
+struct TileView {
+  T* data = nullptr;
+  int64_t class_stride = 0;
+  int64_t row_stride = 0;
+
+  template <typename Pointer>
+  CE_INLINE TileView(const Problem& p, const Operand<Pointer>& operand, Tile tile) {
+    if (operand.data) {
+      data = static_cast<T*>(operand.data) + row_offset(p, tile.row, operand.strides);
+      class_stride = operand.class_stride;
+      row_stride = operand.strides[p.dims - 1];
+    }
+  }
+
+  CE_INLINE int64_t lane_stride() const { return kAlong ? class_stride : row_stride; }
+  CE_INLINE auto get(int64_t c, int count) const { return load(data + c * class_stride, lane_stride(), count); }
+  CE_INLINE void set(int64_t c, int count, Vec<Acc<T>> v) const {
+    store(data + c * class_stride, lane_stride(), count, v);
+  }
+  CE_INLINE T& at(int lane, int64_t c) const { return data[lane * row_stride + c * class_stride]; }
+};
+
+// The coefficients a_c of row_loss.h, but for the part that only an index target has.
+template <typename T, bool kAlong>
+struct Coefficients {
+  using A = Acc<T>;
+  const A* weight;
+  TileView<const T, kAlong> probabilities;
+  Smoothing<A> smoothing;
+
+  CE_INLINE Coefficients(const Problem& p, Tile tile)
+      : weight(static_cast<const A*>(p.weight)),
+        probabilities(p, p.target_type == TargetType::kProbabilities ? p.target : Input(), tile),
+        smoothing(smoothing_of<A>(p)) {}
+
+  CE_INLINE Vec<A> weights(int64_t c, int count) const {
+    return !weight ? broadcast(A(1)) : kAlong ? load(weight + c, 1, count) : broadcast(weight[c]);
+  }
+  CE_INLINE Vec<A> get(int64_t c, int count) const {
+    const Vec<A> w = weights(c, count);
+    return probabilities.data ? smoothing.coefficient(w, probabilities.get(c, count)) : smoothing.background(w);
+  }
+};
+
+template <typename A>
+CE_INLINE typename Simd<A>::Mask first_lanes(int count) {
+  typename Simd<A>::Mask lane;
+  for (int i = 0; i < kLanes<A>; ++i) {
+    lane[i] = i;
+  }
+  return lane < count;
+}
+
+// RowState in every lane, with the running maximum as the reference of the sums. Along a row all lanes share one.
+template <typename A, bool kAlong>
+struct Accumulator {
+  Vec<A> reference;
+  Vec<A> sums[2] = {};  // two chains of additions run side by side
+  Vec<A> linear = {};
+  Vec<A> coefficients = {};
+
+  // Any element serves as the first reference, but −inf would make a NaN of −inf − (−inf).
+  CE_INLINE explicit Accumulator(Vec<A> first) {
+    reference = max(first, broadcast(std::numeric_limits<A>::lowest()));
+    reference = kAlong ? broadcast(reference[0]) : reference;
+  }
+
+  CE_INLINE void raise_to(Vec<A> top) {
+    const Vec<A> raised = kAlong ? broadcast(reduce_max<A>(top)) : max(top, reference);
+    const Vec<A> step = reference - raised;
+    const Vec<A> factor = exp<A>(step);
+    sums[0] *= factor;
+    sums[1] *= factor;
+    linear = coefficients == 0 ? linear : linear + coefficients * step;
+    reference = raised;
+  }
+
+  template <int kCount>
+  CE_INLINE void add(const Vec<A> (&x)[kCount]) {
+    Vec<A> top = x[0];
+#pragma GCC unroll 8
+    for (int i = 1; i < kCount; ++i) {
+      top = max(top, x[i]);
+    }
+    if (__builtin_expect(any_greater(top, reference), 0)) {
+      raise_to(top);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      sums[i % 2] = add_exp<A>(x[i] - reference, sums[i % 2]);
+    }
+  }
+
+  CE_INLINE void add_coefficients(Vec<A> x, Vec<A> a) {
+    linear += a * (x - reference);
+    coefficients += a;
+  }
+};
+
+template <typename T, bool kAlong, bool kLinear>
+void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
+                        RowState<double>* states) {
+  using A = Acc<T>;
+  constexpr int kGroup = 8;
+  constexpr int kStep = kAlong ? kLanes<A> : 1;
+  const TileView<const T, kAlong> logits(p, p.logits, tile);
+  const Coefficients<T, kAlong> coefficients(p, tile);
+  const int lanes = kAlong ? kLanes<A> : tile.rows;
+
+  Accumulator<A, kAlong> state(logits.get(begin, kAlong ? 1 : lanes));
+  int64_t c = begin;
+  for (; c + kGroup * kStep <= end; c += kGroup * kStep) {
+    if (kAlong) {
+#pragma GCC unroll 8
+      for (int i = 0; i < int(kGroup * kStep * sizeof(T)); i += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(logits.data + c * logits.class_stride) + 2048 + i);
+      }
+    }
+    Vec<A> x[kGroup];
+#pragma GCC unroll 8
+    for (int i = 0; i < kGroup; ++i) {
+      x[i] = logits.get(c + i * kStep, lanes);
+    }
+    state.add(x);
+    if (kLinear) {
+      for (int i = 0; i < kGroup; ++i) {
+        state.add_coefficients(x[i], coefficients.get(c + i * kStep, lanes));
+      }
+    }
+  }
+  for (; c < end; c += kStep) {
+    const int count = kAlong && end - c < kLanes<A> ? static_cast<int>(end - c) : lanes;
+    Vec<A> x[1] = {logits.get(c, count)};
+    const auto valid = first_lanes<A>(count);
+    x[0] = valid ? x[0] : broadcast(A(-INFINITY));
+    state.add(x);
+    if (kLinear) {
+      x[0] = valid ? x[0] : state.reference;
+      state.add_coefficients(x[0], valid ? coefficients.get(c, count) : Vec<A>{});
+    }
+  }
+
+  for (int lane = 0; lane < tile.rows; ++lane) {
+    RowState<double> row;
+    row.exps.sum = kAlong ? reduce_sum<A>(state.sums[0] + state.sums[1]) : state.sums[0][lane] + state.sums[1][lane];
+    row.exps.max = row.exps.sum == 0 ? -INFINITY : state.reference[lane];
+    if (kLinear) {
+      row.linear = kAlong ? reduce_sum<A>(state.linear) : state.linear[lane];
+      row.coefficients = kAlong ? reduce_sum<A>(state.coefficients) : state.coefficients[lane];
+    }
+    const int64_t target = targets.index[lane];
+    if (target >= begin && target < end) {
+      const T logit[kLanes<A>] = {logits.at(lane, target)};
+      row.add(targets.weight[lane] * coefficients.smoothing.keep, load(logit)[0]);
+    }
+    states[lane] = begin == 0 ? row : states[lane].merge(row);
+  }
+}
+
+template <typename T>
+void accumulate(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin,
+                int64_t end, RowState<double>* states) {
+  const auto kernel = along ? (has_coefficients(p) ? accumulate_classes<T, true, true> : accumulate_classes<T, true, false>)
+                            : (has_coefficients(p) ? accumulate_classes<T, false, true> : accumulate_classes<T, false, false>);
+  kernel(p, tile, targets, begin, end, states);
+}
+
+// The per-row values of a tile as vectors: the one row's in every lane, or each lane its row's.
+template <typename A, bool kAlong>
+CE_INLINE Vec<A> spread(const A (&rows)[kMaxLanes]) {
+  return kAlong ? broadcast(rows[0]) : load(rows);
+}
+
+template <typename T, bool kAlong, bool kLinear>
+void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets,
+                      const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  using Row = RowGradient<A>;
+  constexpr int kStep = kAlong ? kLanes<A> : 1;
+  const TileView<const T, kAlong> logits(p, p.logits, tile);
+  const TileView<T, kAlong> grad(p, p.grad, tile);
+  const Coefficients<T, kAlong> coefficients(p, tile);
+  const Vec<A> top = spread<A, kAlong>(rows.max);
+  const Vec<A> scale = spread<A, kAlong>(rows.scale);
+  const Vec<A> upstream = spread<A, kAlong>(rows.upstream);
+
+  // The elements at the targets' indices, read before the gradient may overwrite the logits.
+  T target_logits[kLanes<A>] = {};
+  A target_coefficients[kLanes<A>] = {};
+  for (int lane = 0; lane < tile.rows; ++lane) {
+    const int64_t target = targets.index[lane];
+    if (target >= begin && target < end) {
+      target_logits[lane] = logits.at(lane, target);
+      target_coefficients[lane] = coefficients.smoothing.coefficient(targets.weight[lane], A(1));
+    }
+  }
+  T target_grad[kLanes<A>];
+  store(target_grad, Row::element(exp<A>(load(target_logits) - top), load(target_coefficients), scale, upstream));
+
+  typename Simd<A>::Mask kept;
+  for (int lane = 0; lane < kLanes<A>; ++lane) {
+    kept[lane] = kAlong || targets.kept[lane] ? -1 : 0;
+  }
+  for (int64_t c = begin; c < end; c += kStep) {
+    const int count = !kAlong ? tile.rows : end - c < kLanes<A> ? static_cast<int>(end - c) : kLanes<A>;
+    const Vec<A> e = exp<A>(logits.get(c, count) - top);
+    Vec<A> g = kLinear ? Row::element(e, coefficients.get(c, count), scale, upstream) : e * scale;
+    if (!kAlong) {
+      g = kept ? g : Vec<A>{};
+    }
+    grad.set(c, count, g);
+  }
+
+  for (int lane = 0; lane < tile.rows; ++lane) {
+    const int64_t target = targets.index[lane];
+    if (target >= begin && target < end) {
+      grad.at(lane, target) = target_grad[lane];
+    }
+  }
+}
+
+template <typename T>
+void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets,
+              const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end) {
+  if (along && !targets.kept[0]) {
+    const TileView<T, true> grad(p, p.grad, tile);
+    for (int64_t c = begin; c < end; c += kLanes<Acc<T>>) {
+      grad.set(c, end - c < kLanes<Acc<T>> ? static_cast<int>(end - c) : kLanes<Acc<T>>, Vec<Acc<T>>{});
+    }
+    return;
+  }
+  const auto kernel = along ? (has_coefficients(p) ? gradient_classes<T, true, true> : gradient_classes<T, true, false>)
+                            : (has_coefficients(p) ? gradient_classes<T, false, true> : gradient_classes<T, false, false>);
+  kernel(p, tile, targets, rows, begin, end);
+}
+
+template <typename T, bool kAlong>
+void sum_classes(const Problem& p, Tile tile, double* sums) {
+  using A = Acc<T>;
+  const Coefficients<T, kAlong> coefficients(p, tile);
+  Vec<A> sum = {};
+  for (int64_t c = 0; c < p.classes; c += kAlong ? kLanes<A> : 1) {
+    const int count = !kAlong ? tile.rows : p.classes - c < kLanes<A> ? static_cast<int>(p.classes - c) : kLanes<A>;
+    sum += first_lanes<A>(count) ? coefficients.get(c, count) : Vec<A>{};
+  }
+  for (int lane = 0; lane < tile.rows; ++lane) {
+    sums[lane] = kAlong ? reduce_sum<A>(sum) : sum[lane];
+  }
+}
+
+template <typename T>
+void sum_coefficients(const Problem& p, bool along, Tile tile, double* sums) {
+  (along ? sum_classes<T, true> : sum_classes<T, false>)(p, tile, sums);
+}
+
+template <typename T, bool kAlong>
+void target_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
+                             int64_t end) {
+  using A = Acc<T>;
+  const TileView<const T, kAlong> logits(p, p.logits, tile);
+  const TileView<T, kAlong> grad(p, p.grad, tile);
+  const Coefficients<T, kAlong> coefficients(p, tile);
+  const Vec<A> top = spread<A, kAlong>(rows.max);
+  const Vec<A> log_sum = spread<A, kAlong>(rows.scale);
+  const Vec<A> upstream = spread<A, kAlong>(rows.upstream) * coefficients.smoothing.keep;
+  for (int64_t c = begin; c < end; c += kAlong ? kLanes<A> : 1) {
+    const int count = !kAlong ? tile.rows : end - c < kLanes<A> ? static_cast<int>(end - c) : kLanes<A>;
+    grad.set(c, count, upstream * coefficients.weights(c, count) * (log_sum - (logits.get(c, count) - top)));
+  }
+}
+
+template <typename T>
+void target_gradient(const Problem& p, bool along, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
+                     int64_t end) {
+  (along ? target_gradient_classes<T, true> : target_gradient_classes<T, false>)(p, tile, rows, begin, end);
+}
+
+template <typename T, bool kAlong>
+void weight_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
+                             int64_t end, double* sums) {
+  using A = Acc<T>;
+  const TileView<const T, kAlong> logits(p, p.logits, tile);
+  Coefficients<T, kAlong> coefficients(p, tile);
+  coefficients.weight = nullptr;
+  const Vec<A> top = spread<A, kAlong>(rows.max);
+  const Vec<A> log_sum = spread<A, kAlong>(rows.scale);
+  const Vec<A> upstream = spread<A, kAlong>(rows.upstream);
+  for (int64_t c = begin; c < end; c += kAlong ? kLanes<A> : 1) {
+    const int count = !kAlong ? tile.rows : end - c < kLanes<A> ? static_cast<int>(end - c) : kLanes<A>;
+    const Vec<A> terms = upstream * coefficients.get(c, count) * (log_sum - (logits.get(c, count) - top));
+    for (int lane = 0; lane < count; ++lane) {
+      sums[c - begin + (kAlong ? lane : 0)] += terms[lane];
+    }
+  }
+}
+
+template <typename T>
+void weight_gradient(const Problem& p, bool along, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
+                     int64_t end, double* sums) {
+  (along ? weight_gradient_classes<T, true> : weight_gradient_classes<T, false>)(p, tile, rows, begin, end, sums);
+}
+
+template <typename T>
+void scale(T* data, int64_t count, Acc<T> factor) {
+  constexpr int kStep = kLanes<Acc<T>>;
+  for (int64_t i = 0; i < count; i += kStep) {
+    const int lanes = count - i < kStep ? static_cast<int>(count - i) : kStep;
+    store(data + i, 1, lanes, load(data + i, 1, lanes) * factor);
+  }
+}
+
+template <typename T>
+constexpr TileKernels<T> kTileKernels = {accumulate<T>,      gradient<T>,        sum_coefficients<T>,
+                                         target_gradient<T>, weight_gradient<T>, scale<T>};
+
+}  // namespace ce::cpu::CE_ISA

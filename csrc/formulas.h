@@ -1,0 +1,23 @@
+// The loss and its gradients written from torch's differentiable operators: what forward-mode AD and double backward
+// differentiate. Plain forward and backward passes never come here.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+
+#include "ops.h"
+
+namespace ce::formulas {
+
+// ln Σ exp(z) of each row, in the accumulator's dtype.
+at::Tensor lse(const at::Tensor& logits);
+
+at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options&);
+
+// Of the logits, of probability targets and of the class weights; the last two undefined for class indices.
+// An undefined upstream gradient is 0.
+std::array<at::Tensor, 3> gradients(const at::Tensor& grad_loss, const at::Tensor& grad_lse, const at::Tensor& logits,
+                                    const at::Tensor& target, const OptionalTensor& weight, const Options&);
+
+}  // namespace ce::formulas

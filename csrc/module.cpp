@@ -1,0 +1,95 @@
+// The Python binding. Eager calls come this way; compiled ones find the same operators under torch.ops.
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/isa.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+[[noreturn]] void wrong_type(const char* name, int position, const char* expected, py::handle object) {
+  throw py::type_error("cross_entropy_loss(): argument '" + std::string(name) + "' (position " +
+                       std::to_string(position) + ") must be " + expected + ", not " + type_name(object));
+}
+
+const at::Tensor& tensor(py::handle object, const char* name, int position) {
+  if (!THPVariable_Check(object.ptr())) {
+    wrong_type(name, position, "Tensor", object);
+  }
+  return THPVariable_Unpack(object.ptr());
+}
+
+int64_t integer(py::handle object, const char* name, int position) {
+  if (!PyLong_Check(object.ptr())) {
+    wrong_type(name, position, "int", object);
+  }
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
+  if (overflow != 0) {
+    throw py::value_error("Overflow when unpacking long long");
+  }
+  return value;
+}
+
+double number(py::handle object, const char* name, int position) {
+  if (!PyFloat_Check(object.ptr()) && !PyLong_Check(object.ptr())) {
+    wrong_type(name, position, "float", object);
+  }
+  return PyFloat_AsDouble(object.ptr());
+}
+
+struct Arguments {
+  at::Tensor logits, target;
+  ce::OptionalTensor weight;
+  int64_t ignore_index;
+  double label_smoothing;
+
+  Arguments(py::handle input, py::handle target_, py::handle weight_, py::handle ignore_index_,
+            py::handle label_smoothing_)
+      : logits(tensor(input, "input", 1)),
+        target(tensor(target_, "target", 2)),
+        ignore_index(integer(ignore_index_, "ignore_index", 5)),
+        label_smoothing(number(label_smoothing_, "label_smoothing", 6)) {
+    if (!weight_.is_none()) {
+      weight = tensor(weight_, "weight", 3);
+    }
+  }
+};
+
+at::Tensor cross_entropy(py::handle input, py::handle target, py::handle weight, int64_t reduction,
+                         py::handle ignore_index, py::handle label_smoothing, bool inplace) {
+  HANDLE_TH_ERRORS
+  const Arguments a(input, target, weight, ignore_index, label_smoothing);
+  py::gil_scoped_release no_gil;
+  const auto loss = inplace ? ce::cross_entropy_ : [](at::Tensor logits, const at::Tensor& target,
+                                                      const ce::OptionalTensor& weight, int64_t reduction,
+                                                      int64_t ignore_index, double label_smoothing,
+                                                      std::optional<at::ScalarType> dtype) {
+    return ce::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  };
+  return loss(a.logits, a.target, a.weight, reduction, a.ignore_index, a.label_smoothing, std::nullopt);
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(py::handle logits, py::handle target, py::handle weight,
+                                                         py::handle ignore_index, py::handle label_smoothing) {
+  HANDLE_TH_ERRORS
+  const Arguments a(logits, target, weight, ignore_index, label_smoothing);
+  py::gil_scoped_release no_gil;
+  return ce::row_stats(a.logits, a.target, a.weight, a.ignore_index, a.label_smoothing);
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("cross_entropy", &cross_entropy);
+  m.def("row_stats", &row_stats);
+  m.def("cpu_isa", &ce::cpu::isa_name);
+}

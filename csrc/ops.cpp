@@ -1,0 +1,403 @@
+#include "ops.h"
+
+#include <ATen/core/Reduction.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/accumulate.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "checks.h"
+#include "cpu/huge_pages.h"
+#include "problem.h"
+
+namespace ce {
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+
+at::ScalarType loss_dtype(const Tensor& logits, const Options& options) {
+  return options.dtype.value_or(logits.scalar_type());
+}
+
+// Validates the targets and returns what the mean divides by.
+double divisor_of(const Problem& problem) {
+  if (problem.target_type == TargetType::kProbabilities) {
+    return problem.classes == 0 ? NAN : static_cast<double>(problem.rows);
+  }
+  const TargetSummary summary = cpu::summarize_targets(problem);
+  TORCH_CHECK_INDEX(summary.bad_row < 0, "Target ", summary.bad_target, " is out of bounds.");
+  return summary.weight;
+}
+
+// The divisor of the reduction in the accumulator's type, as the kernels want it.
+class Divisor {
+ public:
+  Divisor(Problem& problem, int64_t reduction) {
+    const double value = divisor_of(problem);
+    if (reduction == at::Reduction::Mean) {
+      double_ = value;
+      float_ = static_cast<float>(value);
+      problem.divisor = problem.dtype == DType::kFloat64 ? static_cast<const void*>(&double_) : &float_;
+    }
+  }
+  Divisor(const Divisor&) = delete;
+
+ private:
+  double double_;
+  float float_;
+};
+
+// A reduced loss in its dtype.
+Tensor scalar(double value, const Tensor& logits, ScalarType dtype) {
+  Tensor result = at::empty({}, logits.options().dtype(dtype));
+  switch (dtype) {
+    case at::kDouble:
+      *result.mutable_data_ptr<double>() = value;
+      break;
+    case at::kHalf:
+      *result.mutable_data_ptr<at::Half>() = static_cast<float>(value);
+      break;
+    case at::kBFloat16:
+      *result.mutable_data_ptr<at::BFloat16>() = static_cast<float>(value);
+      break;
+    default:
+      *result.mutable_data_ptr<float>() = static_cast<float>(value);
+  }
+  return result;
+}
+
+// The one way into the forward kernel: the loss in its dtype; the caller has asked `builder` for the other results.
+Tensor run_forward(ProblemBuilder& builder, const Tensor& logits, const Options& options) {
+  const ScalarType dtype = loss_dtype(logits, options);
+  Tensor loss = builder.add_row_result(&Problem::loss);
+  Problem& problem = builder.problem();
+  const Divisor divisor(problem, options.reduction);
+  const bool reduces = options.reduction != at::Reduction::None;
+  double total_double = 0;
+  float total_float = 0;
+  if (reduces) {
+    problem.total = problem.dtype == DType::kFloat64 ? static_cast<void*>(&total_double) : &total_float;
+  }
+  if (!builder.is_empty()) {
+    cpu::forward(problem);
+  } else {
+    loss.zero_();
+    total_double = options.reduction == at::Reduction::Mean ? NAN : 0;
+    total_float = static_cast<float>(total_double);
+  }
+  if (reduces) {
+    return scalar(problem.dtype == DType::kFloat64 ? total_double : total_float, logits, dtype);
+  }
+  return loss.to(dtype);
+}
+
+Tensor empty_grad(const Tensor& like) {
+  Tensor grad = at::empty_like(like);
+  cpu::advise_huge_pages(grad.data_ptr(), grad.nbytes());
+  return grad;
+}
+
+// The kernels of the operators on CPU tensors.
+
+Tensor loss_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  check(logits, target, weight, options);
+  ProblemBuilder builder(logits, target, weight, options);
+  return run_forward(builder, logits, options);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tensor& target,
+                                                       const OptionalTensor& weight, int64_t reduction,
+                                                       int64_t ignore_index, double label_smoothing,
+                                                       std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  check(logits, target, weight, options);
+  ProblemBuilder builder(logits, target, weight, options);
+  Tensor max = builder.add_row_result(&Problem::max);
+  Tensor sum = builder.add_row_result(&Problem::sum);
+  Tensor lse = builder.add_row_result(&Problem::lse);
+  Tensor loss = run_forward(builder, logits, options);
+  if (builder.is_empty()) {
+    max.fill_(-INFINITY);
+    sum.zero_();
+    lse.fill_(-INFINITY);
+  }
+  return {loss, max, sum, lse};
+}
+
+Tensor forward_into(const Tensor& grad, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                    const Options& options) {
+  ProblemBuilder builder(logits, target, weight, options);
+  builder.add_grad(grad);
+  return run_forward(builder, logits, options);
+}
+
+std::tuple<Tensor, Tensor> forward_grad_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                            int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                            std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  check(logits, target, weight, options);
+  Tensor grad = empty_grad(logits);
+  Tensor loss = forward_into(grad, logits, target, weight, options);
+  return {loss, grad};
+}
+
+Tensor forward_grad__cpu(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                         int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  check(logits, target, weight, options);
+  return forward_into(logits, logits, target, weight, options);
+}
+
+// The one way into the backward kernels.
+template <typename Kernel>
+void run_backward(Kernel kernel, const Tensor& out, const Tensor& grad_loss, const OptionalTensor& grad_lse,
+                  const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& max,
+                  const Tensor& sum, const Options& options) {
+  ProblemBuilder builder(logits, target, weight, options);
+  if (builder.is_empty()) {
+    out.zero_();
+    return;
+  }
+  builder.add_row_input(&Problem::max, max);
+  builder.add_row_input(&Problem::sum, sum);
+  builder.add_upstream(&Problem::grad_loss, grad_loss);
+  if (grad_lse && grad_lse->defined()) {
+    builder.add_upstream(&Problem::grad_lse, *grad_lse);
+  }
+  if (out.sizes() == logits.sizes()) {
+    builder.add_grad(out);
+  }
+  Problem& problem = builder.problem();
+  problem.grad.data = out.data_ptr();
+  const Divisor divisor(problem, options.reduction);
+  kernel(problem);
+}
+
+Tensor backward_cpu(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
+                    const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
+                    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  Tensor grad = empty_grad(logits);
+  run_backward(cpu::backward, grad, grad_loss, grad_lse, logits, target, weight, max, sum,
+               {reduction, ignore_index, label_smoothing});
+  return grad;
+}
+
+void backward__cpu(Tensor& logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
+                   const Tensor& max, const Tensor& sum, int64_t reduction, int64_t ignore_index,
+                   double label_smoothing) {
+  run_backward(cpu::backward, logits, grad_loss, std::nullopt, logits, target, weight, max, sum,
+               {reduction, ignore_index, label_smoothing});
+}
+
+Tensor target_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                           const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
+                           double label_smoothing) {
+  Tensor grad = empty_grad(target);
+  run_backward(cpu::target_backward, grad, grad_loss, std::nullopt, logits, target, weight, max, sum,
+               {reduction, -100, label_smoothing});
+  return grad;
+}
+
+Tensor weight_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& weight,
+                           const Tensor& max, const Tensor& sum, int64_t reduction, double label_smoothing) {
+  Tensor grad = at::empty(weight.sizes(), weight.options().dtype(accumulator_of(logits.scalar_type())));
+  run_backward(cpu::weight_backward, grad, grad_loss, std::nullopt, logits, target, weight, max, sum,
+               {reduction, -100, label_smoothing});
+  return grad.to(weight.scalar_type());
+}
+
+void scale__cpu(Tensor& grad, const Tensor& factor) {
+  const ScalarType acc = accumulator_of(grad.scalar_type());
+  const Tensor scalar = factor.to(acc);
+  TORCH_CHECK(grad.is_non_overlapping_and_dense(), "scale_ expects a dense gradient");
+  cpu::scale(dtype_of(grad), grad.data_ptr(), grad.numel(), scalar.const_data_ptr());
+}
+
+// The same on meta tensors: what is checked without data, and the results' shapes and dtypes.
+
+c10::SymDimVector row_sizes(const Tensor& logits) {
+  c10::SymDimVector sizes(logits.sym_sizes().begin(), logits.sym_sizes().end());
+  sizes.erase(sizes.begin() + class_dim(logits));
+  return sizes;
+}
+
+Tensor empty_loss(const Tensor& logits, const Options& options) {
+  const c10::SymDimVector sizes =
+      options.reduction == at::Reduction::None ? row_sizes(logits) : c10::SymDimVector();
+  return at::empty_symint(sizes, logits.options().dtype(loss_dtype(logits, options)));
+}
+
+Tensor loss_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                 int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  check(logits, target, weight, options);
+  return empty_loss(logits, options);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_meta(const Tensor& logits, const Tensor& target,
+                                                        const OptionalTensor& weight, int64_t reduction,
+                                                        int64_t ignore_index, double label_smoothing,
+                                                        std::optional<ScalarType> dtype) {
+  Tensor loss = loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  const auto rows = [&] {
+    return at::empty_symint(row_sizes(logits), logits.options().dtype(accumulator_of(logits.scalar_type())));
+  };
+  return {loss, rows(), rows(), rows()};
+}
+
+std::tuple<Tensor, Tensor> forward_grad_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                             int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                             std::optional<ScalarType> dtype) {
+  return {loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype), at::empty_like(logits)};
+}
+
+Tensor forward_grad__meta(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                          int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  return loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+}
+
+Tensor backward_meta(const Tensor&, const OptionalTensor&, const Tensor& logits, const Tensor&, const OptionalTensor&,
+                     const Tensor&, const Tensor&, int64_t, int64_t, double) {
+  return at::empty_like(logits);
+}
+
+void backward__meta(Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                    int64_t, int64_t, double) {}
+
+Tensor target_backward_meta(const Tensor&, const Tensor&, const Tensor& target, const OptionalTensor&, const Tensor&,
+                            const Tensor&, int64_t, double) {
+  return at::empty_like(target);
+}
+
+Tensor weight_backward_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor& weight, const Tensor&,
+                            const Tensor&, int64_t, double) {
+  return at::empty_like(weight);
+}
+
+void scale__meta(Tensor&, const Tensor&) {}
+
+// Calls the operator `name`, whose schema has this C++ signature, through the dispatcher.
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+namespace op {
+
+Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& o) {
+  static const auto call = find<decltype(loss_cpu)>("cross_entropy::loss");
+  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
+                                                   const OptionalTensor& weight, const Options& o) {
+  static const auto call = find<decltype(forward_cpu)>("cross_entropy::forward");
+  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
+}
+
+std::tuple<Tensor, Tensor> forward_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                        const Options& o) {
+  static const auto call = find<decltype(forward_grad_cpu)>("cross_entropy::forward_grad");
+  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
+}
+
+Tensor forward_grad_(Tensor logits, const Tensor& target, const OptionalTensor& weight, const Options& o) {
+  static const auto call = find<decltype(forward_grad__cpu)>("cross_entropy::forward_grad_");
+  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
+}
+
+Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits, const Tensor& target,
+                const OptionalTensor& weight, const Tensor& max, const Tensor& sum, const Options& o) {
+  static const auto call = find<decltype(backward_cpu)>("cross_entropy::backward");
+  return call.call(grad_loss, grad_lse, logits, target, weight, max, sum, o.reduction, o.ignore_index,
+                   o.label_smoothing);
+}
+
+void backward_(Tensor logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
+               const Tensor& max, const Tensor& sum, const Options& o) {
+  static const auto call = find<decltype(backward__cpu)>("cross_entropy::backward_");
+  call.call(logits, grad_loss, target, weight, max, sum, o.reduction, o.ignore_index, o.label_smoothing);
+}
+
+Tensor target_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                       const OptionalTensor& weight, const Tensor& max, const Tensor& sum, const Options& o) {
+  static const auto call = find<decltype(target_backward_cpu)>("cross_entropy::target_backward");
+  return call.call(grad_loss, logits, target, weight, max, sum, o.reduction, o.label_smoothing);
+}
+
+Tensor weight_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& weight,
+                       const Tensor& max, const Tensor& sum, const Options& o) {
+  static const auto call = find<decltype(weight_backward_cpu)>("cross_entropy::weight_backward");
+  return call.call(grad_loss, logits, target, weight, max, sum, o.reduction, o.label_smoothing);
+}
+
+void scale_(Tensor grad, const Tensor& factor) {
+  static const auto call = find<decltype(scale__cpu)>("cross_entropy::scale_");
+  call.call(grad, factor);
+}
+
+}  // namespace op
+
+#define CE_LOSS_OPTIONS "int reduction, int ignore_index, float label_smoothing"
+
+TORCH_LIBRARY(cross_entropy, m) {
+  m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
+        ", ScalarType? dtype=None) -> Tensor", &cross_entropy);
+  m.def("cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
+        ", ScalarType? dtype=None) -> Tensor");
+  m.def("row_stats(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
+        " -> (Tensor maximum, Tensor logsumexp, Tensor loss)");
+
+  m.def("loss(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS ", ScalarType? dtype) -> Tensor");
+  m.def("forward(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
+        ", ScalarType? dtype) -> (Tensor loss, Tensor max, Tensor sum, Tensor lse)");
+  m.def("forward_grad(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
+        ", ScalarType? dtype) -> (Tensor loss, Tensor grad)");
+  m.def("forward_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
+        ", ScalarType? dtype) -> Tensor");
+  m.def("backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, Tensor max,"
+        " Tensor sum, " CE_LOSS_OPTIONS ") -> Tensor");
+  m.def("backward_(Tensor(a!) logits, Tensor grad_loss, Tensor target, Tensor? weight, Tensor max, Tensor sum, "
+        CE_LOSS_OPTIONS ") -> ()");
+  m.def("target_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor max, Tensor sum,"
+        " int reduction, float label_smoothing) -> Tensor");
+  m.def("weight_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor weight, Tensor max, Tensor sum,"
+        " int reduction, float label_smoothing) -> Tensor");
+  m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy, CPU, m) {
+  m.impl("loss", &loss_cpu);
+  m.impl("forward", &forward_cpu);
+  m.impl("forward_grad", &forward_grad_cpu);
+  m.impl("forward_grad_", &forward_grad__cpu);
+  m.impl("backward", &backward_cpu);
+  m.impl("backward_", &backward__cpu);
+  m.impl("target_backward", &target_backward_cpu);
+  m.impl("weight_backward", &weight_backward_cpu);
+  m.impl("scale_", &scale__cpu);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy, Meta, m) {
+  m.impl("loss", &loss_meta);
+  m.impl("forward", &forward_meta);
+  m.impl("forward_grad", &forward_grad_meta);
+  m.impl("forward_grad_", &forward_grad__meta);
+  m.impl("backward", &backward_meta);
+  m.impl("backward_", &backward__meta);
+  m.impl("target_backward", &target_backward_meta);
+  m.impl("weight_backward", &weight_backward_meta);
+  m.impl("scale_", &scale__meta);
+}
+
+}  // namespace ce

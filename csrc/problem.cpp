@@ -1,0 +1,147 @@
+#include "problem.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <c10/util/irange.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "checks.h"
+
+namespace ce {
+namespace {
+
+TargetType target_type_of(const at::Tensor& target) {
+  switch (target.scalar_type()) {
+    case at::kLong:
+      return TargetType::kInt64;
+    case at::kInt:
+      return TargetType::kInt32;
+    case at::kByte:
+      return TargetType::kUInt8;
+    default:
+      return TargetType::kProbabilities;
+  }
+}
+
+c10::DimVector without(at::IntArrayRef values, int64_t dim) {
+  c10::DimVector rest(values.begin(), values.end());
+  rest.erase(rest.begin() + dim);
+  return rest;
+}
+
+}  // namespace
+
+DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+ProblemBuilder::ProblemBuilder(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                               const Options& options)
+    : logits_(logits), target_(target), class_dim_(class_dim(logits)), row_sizes_(without(logits.sizes(), class_dim_)) {
+  problem_.dtype = dtype_of(logits);
+  problem_.target_type = target_type_of(target);
+  problem_.classes = logits.size(class_dim_);
+  problem_.rows = c10::multiply_integers(row_sizes_);
+  problem_.ignore_index = options.ignore_index;
+  problem_.label_smoothing = options.label_smoothing;
+  if (weight && weight->defined()) {
+    kept_.push_back(weight->detach().to(accumulator()).contiguous());
+    problem_.weight = kept_.back().const_data_ptr();
+  }
+
+  problem_.logits.data = logits.const_data_ptr();
+  problem_.logits.class_stride = logits.stride(class_dim_);
+  add_operand(problem_.logits.strides, logits, /*has_classes=*/true);
+  problem_.target.data = target.const_data_ptr();
+  const bool probabilities = problem_.target_type == TargetType::kProbabilities;
+  if (probabilities) {
+    problem_.target.class_stride = target.stride(class_dim_);
+  }
+  add_operand(problem_.target.strides, target, probabilities);
+}
+
+void ProblemBuilder::add_operand(int64_t* strides, const at::Tensor& tensor, bool has_classes) {
+  if (has_classes) {
+    operands_.push_back({strides, without(tensor.strides(), class_dim_)});
+  } else if (tensor.numel() == problem_.rows && tensor.dim() == static_cast<int64_t>(row_sizes_.size())) {
+    operands_.push_back({strides, c10::DimVector(tensor.strides().begin(), tensor.strides().end())});
+  } else {  // one element for all rows
+    operands_.push_back({strides, c10::DimVector(row_sizes_.size(), 0)});
+  }
+}
+
+at::Tensor ProblemBuilder::add_row_result(void* Problem::*result) {
+  at::Tensor rows = at::empty(row_sizes_, logits_.options().dtype(accumulator()));
+  problem_.*result = rows.data_ptr();
+  kept_.push_back(rows);
+  return rows;
+}
+
+void ProblemBuilder::add_row_input(void* Problem::*input, const at::Tensor& rows) {
+  kept_.push_back(rows.contiguous());
+  problem_.*input = kept_.back().data_ptr();
+}
+
+void ProblemBuilder::add_upstream(Input Problem::*input, const at::Tensor& upstream) {
+  kept_.push_back(upstream.to(accumulator()));
+  (problem_.*input).data = kept_.back().const_data_ptr();
+  add_operand((problem_.*input).strides, kept_.back(), /*has_classes=*/false);
+}
+
+void ProblemBuilder::add_grad(const at::Tensor& grad) {
+  problem_.grad.data = grad.data_ptr();
+  problem_.grad.class_stride = grad.stride(class_dim_);
+  add_operand(problem_.grad.strides, grad, /*has_classes=*/true);
+}
+
+Problem& ProblemBuilder::problem() {
+  operands_.push_back({problem_.row_strides, c10::DimVector(row_sizes_.size(), 1)});
+  auto& contiguous = operands_.back().rows;
+  for (size_t d = row_sizes_.size(); d-- > 1;) {
+    contiguous[d - 1] = contiguous[d] * row_sizes_[d];
+  }
+
+  // The dimensions in the order of the logits' memory, so that neighbouring rows are neighbours on the grid.
+  c10::SmallVector<size_t, 6> order(row_sizes_.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto& by = operands_.front().rows;
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return by[a] > by[b]; });
+
+  int dims = 0;
+  for (const size_t d : order) {
+    if (row_sizes_[d] == 1) {
+      continue;
+    }
+    // A dimension that continues the one before it in every operand is merged into it.
+    const bool continues = dims > 0 && std::all_of(operands_.begin(), operands_.end(), [&](const Operand& operand) {
+                             return operand.strides[dims - 1] == operand.rows[d] * row_sizes_[d];
+                           });
+    if (!continues) {
+      TORCH_CHECK(dims < kMaxDims, "cross_entropy: rows of more than ", kMaxDims,
+                  " dimensions that do not follow each other in memory; call .contiguous() first");
+      problem_.sizes[dims++] = 1;
+    }
+    problem_.sizes[dims - 1] *= row_sizes_[d];
+    for (const Operand& operand : operands_) {
+      operand.strides[dims - 1] = operand.rows[d];
+    }
+  }
+  if (dims == 0) {
+    problem_.sizes[dims++] = 1;
+  }
+  problem_.dims = dims;
+  return problem_;
+}
+
+}  // namespace ce

@@ -1,0 +1,56 @@
+// From tensors to the kernels' problem.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+
+#include "kernels.h"
+#include "ops.h"
+
+namespace ce {
+
+inline at::ScalarType accumulator_of(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+DType dtype_of(const at::Tensor& tensor);
+
+// Builds the problem of one call, and keeps the tensors that it points to. The operands of shape (rows) or
+// (rows, classes) are added one by one; problem() then lays their rows out on one grid.
+class ProblemBuilder {
+ public:
+  ProblemBuilder(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                 const Options& options);
+  ProblemBuilder(const ProblemBuilder&) = delete;
+
+  at::ScalarType accumulator() const { return accumulator_of(logits_.scalar_type()); }
+  // The shape of the rows: the logits' without the classes.
+  at::IntArrayRef row_sizes() const { return row_sizes_; }
+  bool is_empty() const { return logits_.numel() == 0; }
+
+  // A new tensor of shape (rows) in the accumulator's dtype, for one of the problem's row results.
+  at::Tensor add_row_result(void* Problem::*result);
+  // What an earlier call left in one.
+  void add_row_input(void* Problem::*input, const at::Tensor& rows);
+  // An upstream gradient, of shape (rows) or ().
+  void add_upstream(Input Problem::*input, const at::Tensor& upstream);
+  // The destination of a gradient of the logits' shape.
+  void add_grad(const at::Tensor& grad);
+
+  // Valid as long as the builder is.
+  Problem& problem();
+
+ private:
+  struct Operand {
+    int64_t* strides;
+    c10::DimVector rows;
+  };
+  void add_operand(int64_t* strides, const at::Tensor& tensor, bool has_classes);
+
+  const at::Tensor logits_, target_;
+  const int64_t class_dim_;
+  c10::DimVector row_sizes_;
+  c10::SmallVector<at::Tensor, 4> kept_;
+  c10::SmallVector<Operand, 6> operands_;
+  Problem problem_;
+};
+
+}  // namespace ce
