@@ -35,13 +35,17 @@ auto make_node() {
   }
 }
 
-bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->defined() && tensor->requires_grad(); }
+bool requires_grad(const OptionalTensor& tensor) {
+  return tensor && tensor->defined() && tensor->requires_grad();
+}
 
 bool has_tangent(const OptionalTensor& tensor) {
   return tensor && tensor->defined() && tensor->_fw_grad(/*level=*/0).defined();
 }
 
-Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
+Tensor or_undefined(const OptionalTensor& tensor) {
+  return tensor ? *tensor : Tensor();
+}
 
 // Of the loss (input 0 of the node) and, for row_stats, of each row's lse (input 1).
 struct LossBackward : Node {
@@ -49,8 +53,8 @@ struct LossBackward : Node {
 
   Options options{};
   SavedVariable logits, target, weight;
-  SavedVariable max, sum;       // where the gradient is left to the backward pass
-  Tensor grad;                  // where the forward pass has computed it, for an upstream gradient of 1
+  SavedVariable max, sum;  // where the gradient is left to the backward pass
+  Tensor grad;             // where the forward pass has computed it, for an upstream gradient of 1
   bool overwrites_logits = false;
 
   std::string name() const override { return "CrossEntropyBackward"; }
@@ -125,8 +129,9 @@ struct LossBackward : Node {
 struct OverwrittenLogits : Node {
   std::string name() const override { return "OverwrittenLogits"; }
   variable_list apply(variable_list&&) override {
-    TORCH_CHECK(false, "the logits were overwritten with their gradient by cross_entropy(..., inplace=True); what was "
-                       "computed from them afterwards has no gradient");
+    TORCH_CHECK(false,
+                "the logits were overwritten with their gradient by cross_entropy(..., inplace=True); what was "
+                "computed from them afterwards has no gradient");
   }
 };
 
@@ -294,8 +299,7 @@ namespace {
 // Autocast runs the loss in float32, as torch does. The kernels read half types and compute in float32 anyway, so
 // that asking for a float32 loss gives the same result without a copy of the logits.
 Tensor loss_autocast(c10::DeviceType device, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                     int64_t reduction, int64_t ignore_index, double label_smoothing,
-                     std::optional<ScalarType> dtype) {
+                     int64_t reduction, int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const ScalarType type = logits.scalar_type();
   const bool half = type == at::kHalf || type == at::kBFloat16;
@@ -317,7 +321,11 @@ TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
   m.impl("row_stats", &row_stats_autograd);
 }
 
-TORCH_LIBRARY_IMPL(cross_entropy, AutocastCPU, m) { m.impl("loss", &autocast<c10::kCPU>); }
-TORCH_LIBRARY_IMPL(cross_entropy, AutocastCUDA, m) { m.impl("loss", &autocast<c10::kCUDA>); }
+TORCH_LIBRARY_IMPL(cross_entropy, AutocastCPU, m) {
+  m.impl("loss", &autocast<c10::kCPU>);
+}
+TORCH_LIBRARY_IMPL(cross_entropy, AutocastCUDA, m) {
+  m.impl("loss", &autocast<c10::kCUDA>);
+}
 
 }  // namespace ce

@@ -43,8 +43,7 @@ void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTen
   TORCH_CHECK(target.device() == logits.device() && (!has_weight || weight->device() == logits.device()),
               "Expected all tensors to be on the same device, but got input on ", logits.device(), ", target on ",
               target.device(), has_weight ? c10::str(" and weight on ", weight->device()) : "");
-  TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction,
-                    " is not a valid value for reduction");
+  TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction, " is not a valid value for reduction");
 
   const bool probabilities = is_probabilities(logits, target);
   if (probabilities) {
@@ -69,8 +68,8 @@ void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTen
   check_index_shapes(logits, target);
   if (has_weight) {
     check_weight(logits, *weight, "");
-    TORCH_CHECK(weight->scalar_type() == type || (dtype && weight->scalar_type() == *dtype),
-                "expected scalar type ", type, " but found ", weight->scalar_type());
+    TORCH_CHECK(weight->scalar_type() == type || (dtype && weight->scalar_type() == *dtype), "expected scalar type ",
+                type, " but found ", weight->scalar_type());
   }
   const auto index_type = target.scalar_type();
   TORCH_CHECK(index_type == at::kLong || index_type == at::kInt || index_type == at::kByte,

@@ -13,7 +13,9 @@ inline bool is_probabilities(const at::Tensor& logits, const at::Tensor& target)
 }
 
 // The dimension of the classes.
-inline int64_t class_dim(const at::Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
+inline int64_t class_dim(const at::Tensor& logits) {
+  return logits.dim() == 1 ? 0 : 1;
+}
 
 // Shapes, dtypes, devices and options; reads no element.
 void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options& options);

@@ -115,7 +115,8 @@ std::array<Tensor, 3> gradients(const Tensor& grad_loss, const Tensor& grad_lse,
     logits_grad = logits_grad.scatter_add(o.dim, o.index, -(g * o.target_part).expand_as(o.index)) * o.kept;
   }
   if (grad_lse.defined()) {
-    logits_grad = logits_grad + grad_lse.unsqueeze(o.dim) * log_probabilities(logits.to(o.z.scalar_type()), o.dim).exp();
+    logits_grad =
+        logits_grad + grad_lse.unsqueeze(o.dim) * log_probabilities(logits.to(o.z.scalar_type()), o.dim).exp();
   }
   std::array<Tensor, 3> result{logits_grad.to(logits.scalar_type())};
   if (!o.index.defined()) {

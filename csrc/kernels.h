@@ -23,37 +23,37 @@ using Output = Operand<void*>;
 // One call. "acc" is the accumulator's type: float64 for float64 logits, float32 for all others. A null pointer
 // stands for an option that was not given or a result that is not wanted.
 struct Problem {
-  DType dtype = DType::kFloat32;                  // of logits, probabilities and their gradients
+  DType dtype = DType::kFloat32;  // of logits, probabilities and their gradients
   TargetType target_type = TargetType::kInt64;
   int64_t rows = 0;
   int64_t classes = 0;
-  int dims = 0;                                   // of the grid of rows, outermost first
+  int dims = 0;  // of the grid of rows, outermost first
   int64_t sizes[kMaxDims] = {};
 
-  Input logits;                                   // (rows, classes)
-  Input target;                                   // (rows) indices, or (rows, classes) probabilities
-  const void* weight = nullptr;                   // (classes), acc
+  Input logits;                  // (rows, classes)
+  Input target;                  // (rows) indices, or (rows, classes) probabilities
+  const void* weight = nullptr;  // (classes), acc
   int64_t ignore_index = -100;
   double label_smoothing = 0;
-  const void* divisor = nullptr;                  // (), acc: what `total` and the gradients are divided by
+  const void* divisor = nullptr;  // (), acc: what `total` and the gradients are divided by
 
-  int64_t row_strides[kMaxDims] = {};             // of loss, max, sum and lse
-  void* loss = nullptr;                           // (rows), acc
-  void* max = nullptr;                            // (rows), acc: max z; an input of the backward kernels
-  void* sum = nullptr;                            // (rows), acc: Σ exp(z − max z); an input of the backward kernels
-  void* lse = nullptr;                            // (rows), acc: ln Σ exp(z), also of ignored rows
-  void* total = nullptr;                          // (), acc: Σ loss / divisor; needs `loss`
+  int64_t row_strides[kMaxDims] = {};  // of loss, max, sum and lse
+  void* loss = nullptr;                // (rows), acc
+  void* max = nullptr;                 // (rows), acc: max z; an input of the backward kernels
+  void* sum = nullptr;                 // (rows), acc: Σ exp(z − max z); an input of the backward kernels
+  void* lse = nullptr;                 // (rows), acc: ln Σ exp(z), also of ignored rows
+  void* total = nullptr;               // (), acc: Σ loss / divisor; needs `loss`
 
-  Input grad_loss;                                // (rows), acc; 1 where null
-  Input grad_lse;                                 // (rows), acc; 0 where null
-  Output grad;                                    // (rows, classes); the forward pass writes it too if it is given
+  Input grad_loss;  // (rows), acc; 1 where null
+  Input grad_lse;   // (rows), acc; 0 where null
+  Output grad;      // (rows, classes); the forward pass writes it too if it is given
 };
 
 // What the targets tell before any logit is read.
 struct TargetSummary {
-  int64_t bad_row = -1;                           // the first row whose target is out of bounds, or −1
+  int64_t bad_row = -1;  // the first row whose target is out of bounds, or −1
   int64_t bad_target = 0;
-  double weight = 0;                              // Σ of the kept rows' class weights: the divisor of the mean
+  double weight = 0;  // Σ of the kept rows' class weights: the divisor of the mean
 };
 
 namespace cpu {

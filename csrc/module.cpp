@@ -11,7 +11,9 @@ namespace py = pybind11;
 
 namespace {
 
-std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+std::string type_name(py::handle object) {
+  return Py_TYPE(object.ptr())->tp_name;
+}
 
 [[noreturn]] void wrong_type(const char* name, int position, const char* expected, py::handle object) {
   throw py::type_error("cross_entropy_loss(): argument '" + std::string(name) + "' (position " +
@@ -67,12 +69,12 @@ at::Tensor cross_entropy(py::handle input, py::handle target, py::handle weight,
   HANDLE_TH_ERRORS
   const Arguments a(input, target, weight, ignore_index, label_smoothing);
   py::gil_scoped_release no_gil;
-  const auto loss = inplace ? ce::cross_entropy_ : [](at::Tensor logits, const at::Tensor& target,
-                                                      const ce::OptionalTensor& weight, int64_t reduction,
-                                                      int64_t ignore_index, double label_smoothing,
-                                                      std::optional<at::ScalarType> dtype) {
-    return ce::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
-  };
+  const auto loss =
+      inplace ? ce::cross_entropy_
+              : [](at::Tensor logits, const at::Tensor& target, const ce::OptionalTensor& weight, int64_t reduction,
+                   int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> dtype) {
+                  return ce::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+                };
   return loss(a.logits, a.target, a.weight, reduction, a.ignore_index, a.label_smoothing, std::nullopt);
   END_HANDLE_TH_ERRORS_PYBIND
 }

@@ -181,9 +181,9 @@ void run_backward(Kernel kernel, const Tensor& out, const Tensor& grad_loss, con
   kernel(problem);
 }
 
-Tensor backward_cpu(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
-                    const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
-                    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+Tensor backward_cpu(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits, const Tensor& target,
+                    const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
+                    int64_t ignore_index, double label_smoothing) {
   Tensor grad = empty_grad(logits);
   run_backward(cpu::backward, grad, grad_loss, grad_lse, logits, target, weight, max, sum,
                {reduction, ignore_index, label_smoothing});
@@ -230,8 +230,7 @@ c10::SymDimVector row_sizes(const Tensor& logits) {
 }
 
 Tensor empty_loss(const Tensor& logits, const Options& options) {
-  const c10::SymDimVector sizes =
-      options.reduction == at::Reduction::None ? row_sizes(logits) : c10::SymDimVector();
+  const c10::SymDimVector sizes = options.reduction == at::Reduction::None ? row_sizes(logits) : c10::SymDimVector();
   return at::empty_symint(sizes, logits.options().dtype(loss_dtype(logits, options)));
 }
 
@@ -269,8 +268,8 @@ Tensor backward_meta(const Tensor&, const OptionalTensor&, const Tensor& logits,
   return at::empty_like(logits);
 }
 
-void backward__meta(Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                    int64_t, int64_t, double) {}
+void backward__meta(Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, int64_t,
+                    int64_t, double) {}
 
 Tensor target_backward_meta(const Tensor&, const Tensor&, const Tensor& target, const OptionalTensor&, const Tensor&,
                             const Tensor&, int64_t, double) {
@@ -352,11 +351,13 @@ void scale_(Tensor grad, const Tensor& factor) {
 
 TORCH_LIBRARY(cross_entropy, m) {
   m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", ScalarType? dtype=None) -> Tensor", &cross_entropy);
+        ", ScalarType? dtype=None) -> Tensor",
+        &cross_entropy);
   m.def("cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
         ", ScalarType? dtype=None) -> Tensor");
-  m.def("row_stats(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
-        " -> (Tensor maximum, Tensor logsumexp, Tensor loss)");
+  m.def(
+      "row_stats(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
+      " -> (Tensor maximum, Tensor logsumexp, Tensor loss)");
 
   m.def("loss(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS ", ScalarType? dtype) -> Tensor");
   m.def("forward(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
@@ -365,14 +366,18 @@ TORCH_LIBRARY(cross_entropy, m) {
         ", ScalarType? dtype) -> (Tensor loss, Tensor grad)");
   m.def("forward_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
         ", ScalarType? dtype) -> Tensor");
-  m.def("backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, Tensor max,"
-        " Tensor sum, " CE_LOSS_OPTIONS ") -> Tensor");
-  m.def("backward_(Tensor(a!) logits, Tensor grad_loss, Tensor target, Tensor? weight, Tensor max, Tensor sum, "
-        CE_LOSS_OPTIONS ") -> ()");
-  m.def("target_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor max, Tensor sum,"
-        " int reduction, float label_smoothing) -> Tensor");
-  m.def("weight_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor weight, Tensor max, Tensor sum,"
-        " int reduction, float label_smoothing) -> Tensor");
+  m.def(
+      "backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, Tensor max,"
+      " Tensor sum, " CE_LOSS_OPTIONS ") -> Tensor");
+  m.def(
+      "backward_(Tensor(a!) logits, Tensor grad_loss, Tensor target, Tensor? weight, Tensor max, Tensor "
+      "sum, " CE_LOSS_OPTIONS ") -> ()");
+  m.def(
+      "target_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor max, Tensor sum,"
+      " int reduction, float label_smoothing) -> Tensor");
+  m.def(
+      "weight_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor weight, Tensor max, Tensor sum,"
+      " int reduction, float label_smoothing) -> Tensor");
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");
 }
 

@@ -24,9 +24,8 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, con
                          int64_t reduction, int64_t ignore_index, double label_smoothing,
                          std::optional<at::ScalarType> dtype);
 // The same whose gradient replaces the logits.
-at::Tensor cross_entropy_(at::Tensor logits, const at::Tensor& target, const OptionalTensor& weight,
-                          int64_t reduction, int64_t ignore_index, double label_smoothing,
-                          std::optional<at::ScalarType> dtype);
+at::Tensor cross_entropy_(at::Tensor logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                          int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> dtype);
 // Each row's (maximum, logsumexp, loss) with autograd through the last two.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(const at::Tensor& logits, const at::Tensor& target,
                                                          const OptionalTensor& weight, int64_t ignore_index,
@@ -43,15 +42,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Ten
 std::tuple<at::Tensor, at::Tensor> forward_grad(const at::Tensor& logits, const at::Tensor& target,
                                                 const OptionalTensor& weight, const Options&);
 // The same with the gradient written over the logits.
-at::Tensor forward_grad_(at::Tensor logits, const at::Tensor& target, const OptionalTensor& weight,
-                         const Options&);
+at::Tensor forward_grad_(at::Tensor logits, const at::Tensor& target, const OptionalTensor& weight, const Options&);
 // The gradient of the logits, given those of the loss and of each row's lse.
 at::Tensor backward(const at::Tensor& grad_loss, const OptionalTensor& grad_lse, const at::Tensor& logits,
                     const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& max,
                     const at::Tensor& sum, const Options&);
 // The same written over the logits.
-void backward_(at::Tensor logits, const at::Tensor& grad_loss, const at::Tensor& target,
-                     const OptionalTensor& weight, const at::Tensor& max, const at::Tensor& sum, const Options&);
+void backward_(at::Tensor logits, const at::Tensor& grad_loss, const at::Tensor& target, const OptionalTensor& weight,
+               const at::Tensor& max, const at::Tensor& sum, const Options&);
 // The gradients of probability targets and of the class weights under them.
 at::Tensor target_backward(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
                            const OptionalTensor& weight, const at::Tensor& max, const at::Tensor& sum, const Options&);

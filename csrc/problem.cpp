@@ -81,19 +81,19 @@ void ProblemBuilder::add_operand(int64_t* strides, const at::Tensor& tensor, boo
   }
 }
 
-at::Tensor ProblemBuilder::add_row_result(void* Problem::*result) {
+at::Tensor ProblemBuilder::add_row_result(void* Problem::* result) {
   at::Tensor rows = at::empty(row_sizes_, logits_.options().dtype(accumulator()));
   problem_.*result = rows.data_ptr();
   kept_.push_back(rows);
   return rows;
 }
 
-void ProblemBuilder::add_row_input(void* Problem::*input, const at::Tensor& rows) {
+void ProblemBuilder::add_row_input(void* Problem::* input, const at::Tensor& rows) {
   kept_.push_back(rows.contiguous());
   problem_.*input = kept_.back().data_ptr();
 }
 
-void ProblemBuilder::add_upstream(Input Problem::*input, const at::Tensor& upstream) {
+void ProblemBuilder::add_upstream(Input Problem::* input, const at::Tensor& upstream) {
   kept_.push_back(upstream.to(accumulator()));
   (problem_.*input).data = kept_.back().const_data_ptr();
   add_operand((problem_.*input).strides, kept_.back(), /*has_classes=*/false);

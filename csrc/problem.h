@@ -9,7 +9,9 @@
 
 namespace ce {
 
-inline at::ScalarType accumulator_of(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+inline at::ScalarType accumulator_of(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 DType dtype_of(const at::Tensor& tensor);
 
@@ -27,11 +29,11 @@ class ProblemBuilder {
   bool is_empty() const { return logits_.numel() == 0; }
 
   // A new tensor of shape (rows) in the accumulator's dtype, for one of the problem's row results.
-  at::Tensor add_row_result(void* Problem::*result);
+  at::Tensor add_row_result(void* Problem::* result);
   // What an earlier call left in one.
-  void add_row_input(void* Problem::*input, const at::Tensor& rows);
+  void add_row_input(void* Problem::* input, const at::Tensor& rows);
   // An upstream gradient, of shape (rows) or ().
-  void add_upstream(Input Problem::*input, const at::Tensor& upstream);
+  void add_upstream(Input Problem::* input, const at::Tensor& upstream);
   // The destination of a gradient of the logits' shape.
   void add_grad(const at::Tensor& grad);
 

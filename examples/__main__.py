@@ -60,10 +60,7 @@ def main() -> int:
     )
     with Progress(*columns, console=console) as progress:
         results = {
-            task: {
-                loss: run(module, loss, arguments.quick, progress, f"{task}, {loss}")
-                for loss in ("torch", "ours")
-            }
+            task: {loss: run(module, loss, arguments.quick, progress, f"{task}, {loss}") for loss in ("torch", "ours")}
             for task, module in TASKS.items()
         }
 

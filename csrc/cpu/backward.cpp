@@ -12,10 +12,10 @@ template <typename T>
 struct Backward {
   using A = Acc<T>;
   const Problem& p;
-  const Tiling tiling;
   const TileKernels<T>& kernels;
+  const Tiling tiling;
 
-  explicit Backward(const Problem& problem) : p(problem), tiling(problem), kernels(tile_kernels<T>()) {}
+  explicit Backward(const Problem& problem) : p(problem), kernels(tile_kernels<T>()), tiling(problem, kernels.lanes) {}
 
   // Calls f(tile, begin, end) for all pieces of all tiles.
   template <typename F>

@@ -42,9 +42,10 @@
 #undef CE_ISA
 #undef CE_VECTOR_BYTES
 
-#define CE_PICK_ISA(name)                                                                      \
-  (::ce::cpu::isa() == ::ce::cpu::Isa::kAvx512 ? avx512::name                                  \
-                                               : (::ce::cpu::isa() == ::ce::cpu::Isa::kAvx2 ? avx2::name : portable::name))
+#define CE_PICK_ISA(name)                      \
+  (::ce::cpu::isa() == ::ce::cpu::Isa::kAvx512 \
+       ? avx512::name                          \
+       : (::ce::cpu::isa() == ::ce::cpu::Isa::kAvx2 ? avx2::name : portable::name))
 
 #else
 

@@ -19,10 +19,10 @@ template <typename T>
 struct Forward {
   using A = Acc<T>;
   const Problem& p;
-  const Tiling tiling;
   const TileKernels<T>& kernels;
+  const Tiling tiling;
 
-  explicit Forward(const Problem& problem) : p(problem), tiling(problem), kernels(tile_kernels<T>()) {}
+  explicit Forward(const Problem& problem) : p(problem), kernels(tile_kernels<T>()), tiling(problem, kernels.lanes) {}
 
   // A tile of ignored rows is read only for what does not depend on the targets.
   bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || p.lse; }

@@ -15,8 +15,8 @@ Isa detect() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     widest = Isa::kAvx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
       widest = Isa::kAvx512;
     }
   }
@@ -38,6 +38,8 @@ Isa isa() {
   return detected;
 }
 
-const char* isa_name() { return kNames[static_cast<int>(isa())]; }
+const char* isa_name() {
+  return kNames[static_cast<int>(isa())];
+}
 
 }  // namespace ce::cpu

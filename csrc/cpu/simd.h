@@ -159,8 +159,12 @@ CE_INLINE V load_bits(const T* p) {
   return v;
 }
 
-CE_INLINE Floats load(const float* p) { return load_bits<Floats>(p); }
-CE_INLINE Doubles load(const double* p) { return load_bits<Doubles>(p); }
+CE_INLINE Floats load(const float* p) {
+  return load_bits<Floats>(p);
+}
+CE_INLINE Doubles load(const double* p) {
+  return load_bits<Doubles>(p);
+}
 
 CE_INLINE Floats load(const BFloat16* p) {
   return bit_cast<Floats>(__builtin_convertvector(load_bits<UInt16s>(p), UInt32s) << 16);
@@ -180,8 +184,12 @@ CE_INLINE Floats load(const Float16* p) {
 #endif
 }
 
-CE_INLINE void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof(v)); }
-CE_INLINE void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof(v)); }
+CE_INLINE void store(float* p, Floats v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+CE_INLINE void store(double* p, Doubles v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
 
 CE_INLINE void store(BFloat16* p, Floats v) {
   const UInt32s bits = bit_cast<UInt32s>(v);

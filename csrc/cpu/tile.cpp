@@ -8,10 +8,10 @@ constexpr int64_t kWorthALine = 8;
 
 }  // namespace
 
-Tiling::Tiling(const Problem& p) {
+Tiling::Tiling(const Problem& p, int vector_lanes) {
   line = p.sizes[p.dims - 1];
   along = p.logits.class_stride == 1 || line < kWorthALine;
-  lanes = along ? 1 : p.dtype == DType::kFloat64 ? kMaxLanes / 2 : kMaxLanes;
+  lanes = along ? 1 : vector_lanes;
   tiles_per_line = (line + lanes - 1) / lanes;
   tiles = p.rows / line * tiles_per_line;
   pieces = (p.classes + kPiece - 1) / kPiece;

@@ -10,25 +10,26 @@
 
 namespace ce::cpu {
 
-constexpr int kMaxLanes = 16;           // floats in the widest vector
-constexpr int64_t kPiece = 1 << 14;     // classes
-constexpr int64_t kSerial = 1 << 15;    // elements that are not worth a second thread
+constexpr int kMaxLanes = 16;         // floats in the widest vector
+constexpr int64_t kPiece = 1 << 14;   // classes
+constexpr int64_t kSerial = 1 << 15;  // elements that are not worth a second thread
 
 // Rows next to each other on the last dimension of the grid.
 struct Tile {
-  int64_t row;   // the first
-  int rows;      // 1 when lanes run along the classes
+  int64_t row;  // the first
+  int rows;     // 1 when lanes run along the classes
 };
 
 struct Tiling {
-  bool along;             // lanes run along the classes
-  int lanes;              // rows of a full tile
-  int64_t line;           // rows of the grid's last dimension
+  bool along;    // lanes run along the classes
+  int lanes;     // rows of a full tile
+  int64_t line;  // rows of the grid's last dimension
   int64_t tiles_per_line;
   int64_t tiles;
-  int64_t pieces;         // of a tile
+  int64_t pieces;  // of a tile
 
-  explicit Tiling(const Problem& p);
+  // `vector_lanes` accumulators fit the running processor's vectors.
+  Tiling(const Problem& p, int vector_lanes);
 
   Tile tile(int64_t i) const {
     const int64_t first = i % tiles_per_line * lanes;
@@ -36,16 +37,14 @@ struct Tiling {
     return {i / tiles_per_line * line + first, rest < lanes ? static_cast<int>(rest) : lanes};
   }
   // Tiles or pieces that a thread should take at least.
-  int64_t grain(const Problem& p, int64_t items) const {
-    return kSerial / (p.rows * p.classes / items + 1) + 1;
-  }
+  int64_t grain(const Problem& p, int64_t items) const { return kSerial / (p.rows * p.classes / items + 1) + 1; }
 };
 
 // The targets of a tile's rows.
 template <typename A>
 struct TileTargets {
-  int64_t index[kMaxLanes];   // −1: ignored, or the target is probabilities
-  A weight[kMaxLanes];        // of the target's class
+  int64_t index[kMaxLanes];  // −1: ignored, or the target is probabilities
+  A weight[kMaxLanes];       // of the target's class
   bool kept[kMaxLanes];
   bool any_kept;
 
@@ -93,6 +92,7 @@ inline A upstream_of(const Problem& p, int64_t row) {
 template <typename T>
 struct TileKernels {
   using A = Acc<T>;
+  int lanes;  // of a vector
   // Merges into states[lane] what the classes add to the state of each row.
   void (*accumulate)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end,
                      RowState<double>* states);

@@ -166,10 +166,11 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
 }
 
 template <typename T>
-void accumulate(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin,
-                int64_t end, RowState<double>* states) {
-  const auto kernel = along ? (has_coefficients(p) ? accumulate_classes<T, true, true> : accumulate_classes<T, true, false>)
-                            : (has_coefficients(p) ? accumulate_classes<T, false, true> : accumulate_classes<T, false, false>);
+void accumulate(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
+                RowState<double>* states) {
+  const auto kernel =
+      along ? (has_coefficients(p) ? accumulate_classes<T, true, true> : accumulate_classes<T, true, false>)
+            : (has_coefficients(p) ? accumulate_classes<T, false, true> : accumulate_classes<T, false, false>);
   kernel(p, tile, targets, begin, end, states);
 }
 
@@ -180,8 +181,8 @@ CE_INLINE Vec<A> spread(const A (&rows)[kMaxLanes]) {
 }
 
 template <typename T, bool kAlong, bool kLinear>
-void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets,
-                      const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end) {
+void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, const TileGradient<Acc<T>>& rows,
+                      int64_t begin, int64_t end) {
   using A = Acc<T>;
   using Row = RowGradient<A>;
   constexpr int kStep = kAlong ? kLanes<A> : 1;
@@ -237,8 +238,9 @@ void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>
     }
     return;
   }
-  const auto kernel = along ? (has_coefficients(p) ? gradient_classes<T, true, true> : gradient_classes<T, true, false>)
-                            : (has_coefficients(p) ? gradient_classes<T, false, true> : gradient_classes<T, false, false>);
+  const auto kernel =
+      along ? (has_coefficients(p) ? gradient_classes<T, true, true> : gradient_classes<T, true, false>)
+            : (has_coefficients(p) ? gradient_classes<T, false, true> : gradient_classes<T, false, false>);
   kernel(p, tile, targets, rows, begin, end);
 }
 
@@ -284,8 +286,8 @@ void target_gradient(const Problem& p, bool along, Tile tile, const TileGradient
 }
 
 template <typename T, bool kAlong>
-void weight_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
-                             int64_t end, double* sums) {
+void weight_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end,
+                             double* sums) {
   using A = Acc<T>;
   const TileView<const T, kAlong> logits(p, p.logits, tile);
   Coefficients<T, kAlong> coefficients(p, tile);
@@ -318,7 +320,7 @@ void scale(T* data, int64_t count, Acc<T> factor) {
 }
 
 template <typename T>
-constexpr TileKernels<T> kTileKernels = {accumulate<T>,      gradient<T>,        sum_coefficients<T>,
+constexpr TileKernels<T> kTileKernels = {kLanes<Acc<T>>,     accumulate<T>,      gradient<T>, sum_coefficients<T>,
                                          target_gradient<T>, weight_gradient<T>, scale<T>};
 
 }  // namespace ce::cpu::CE_ISA

@@ -1,0 +1,46 @@
+# `make demo` trains two models with torch's loss and with this one; `make test` runs all tests.
+# Both make their own environment in .venv. On a machine whose package index has no CPU build of torch under this
+# name, say which one to install: make demo TORCH="torch==2.13.0"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
+
+.PHONY: demo test check sanitize bench clean
+
+demo: $(VENV)/built
+	$(RUN) -m examples
+
+test: $(VENV)/built
+	$(RUN) -m pytest
+
+# Style and types; the tools are pinned, so that their taste does not change under the code.
+check: $(VENV)/built
+	$(RUN) -m pip install -q ruff==0.14.5 mypy==1.18.2 clang-format==21.1.5
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+# The operator tests with the C++ under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/built
+	CROSS_ENTROPY_SANITIZE=address,undefined $(RUN) setup.py -q build_ext \
+	    --build-temp build/sanitize --build-lib build/sanitized
+	cp cross_entropy/*.py build/sanitized/cross_entropy/
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/sanitized \
+	    $(RUN) -m pytest tests/test_cross_entropy.py tests/test_special_values.py -k "not instruction_sets"
+
+bench: $(VENV)/built
+	$(RUN) -m bench
+
+$(VENV)/built: $(SOURCES)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(RUN) -m pip install -q "$(TORCH)" ninja pybind11
+	$(RUN) -m pip install -q --no-build-isolation -e ".[test,examples,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info cross_entropy/*.so
