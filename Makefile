@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test check sanitize bench clean
+.PHONY: demo test check bench clean
 
 demo: $(VENV)/built
 	$(RUN) -m examples
@@ -22,15 +22,6 @@ check: $(VENV)/built
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
-
-# The operator tests with the C++ under AddressSanitizer and UndefinedBehaviorSanitizer.
-sanitize: $(VENV)/built
-	CROSS_ENTROPY_SANITIZE=address,undefined $(RUN) setup.py -q build_ext \
-	    --build-temp build/sanitize --build-lib build/sanitized
-	cp cross_entropy/*.py build/sanitized/cross_entropy/
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 PYTHONPATH=build/sanitized \
-	    $(RUN) -m pytest tests/test_cross_entropy.py tests/test_special_values.py -k "not instruction_sets"
 
 bench: $(VENV)/built
 	$(RUN) -m bench

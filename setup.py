@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -17,7 +17,7 @@ except ImportError as error:
 ROOT = Path(__file__).parent
 
 
-def extension() -> CppExtension:
+def extension() -> Extension:
     compile_args = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"]
     link_args = ["-fopenmp"]
     if sanitizers := os.environ.get("CROSS_ENTROPY_SANITIZE"):

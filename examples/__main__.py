@@ -59,10 +59,12 @@ def main() -> int:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        results = {
-            task: {loss: run(module, loss, arguments.quick, progress, f"{task}, {loss}") for loss in ("torch", "ours")}
-            for task, module in TASKS.items()
-        }
+        results: dict[str, dict[str, Result]] = {}
+        for task, module in TASKS.items():
+            results[task] = {}
+            for loss in ("torch", "ours"):
+                description = f"{task}, {loss}"
+                results[task][loss] = run(module, loss, arguments.quick, progress, description)
 
     console.print(make_table(results))
     status = 0

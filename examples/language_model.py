@@ -74,7 +74,7 @@ def make_task(loss_class: Callable[..., nn.Module], quick: bool) -> Task:
     return Task(
         model=model,
         loss=loss_class(ignore_index=UNKNOWN),
-        optimizer=torch.optim.Adagrad(model.parameters(), lr=0.1),
+        optimizer=torch.optim.Adagrad(model.parameters(), lr=0.05),
         training=examples(tokens[training], every=1),
         held_out=examples(tokens[held_out], every=20),
         batch_size=512,

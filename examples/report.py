@@ -67,7 +67,8 @@ def save_chart(results: Results, path: Path) -> None:
     """A panel for each task, its two loss curves lying on each other."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle("Training loss, from the same seed with either loss")
-    for axes, (task, by_loss) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+    panels = figure.subplots(1, len(results))
+    for axes, (task, by_loss) in zip(panels, results.items(), strict=True):
         steps = range(1, len(by_loss["torch"].losses) + 1)
         axes.plot(
             steps,
