@@ -70,9 +70,9 @@ def main() -> int:
     status = 0
     for task, by_loss in results.items():
         absolute, relative = largest_difference(**by_loss), relative_difference(**by_loss)
-        console.print(f"{task}: curves differ by {absolute:.2g} at most, relative {relative:.2g}")
+        console.print(f"{task}: the loss curves differ by {absolute:.2g} at most (relative {relative:.2g})")
         if relative > TOLERANCE:
-            console.print(f"{task}: that is more than {TOLERANCE:g}, the losses do not agree")
+            console.print(f"{task}: the losses do not agree, {TOLERANCE:g} relative is the limit")
             status = 1
     save_chart(results, arguments.output)
     console.print(f"chart: {arguments.output}")

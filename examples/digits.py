@@ -22,16 +22,16 @@ def make_task(loss_class: Callable[..., nn.Module], quick: bool) -> Task:
 
     model = nn.Sequential(
         nn.Conv2d(1, CHANNELS, kernel_size=3),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.Conv2d(CHANNELS, CHANNELS, kernel_size=3),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.Flatten(),
         nn.Linear(CHANNELS * 4 * 4, CLASSES),
     )
     return Task(
         model=model,
         loss=loss_class(),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
         training=(images[training], labels[training]),
         held_out=(images[held_out], labels[held_out]),
         batch_size=64,

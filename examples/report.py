@@ -34,7 +34,7 @@ def make_table(results: Results) -> Table:
         "resident before.",
     )
     for column in ("task", "loss"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("final loss", "held-out accuracy", "ms a step", "in the loss", "peak MiB"):
         table.add_column(column, justify="right")
     for task, by_loss in results.items():
@@ -51,7 +51,7 @@ def make_table(results: Results) -> Table:
         torch, ours = by_loss["torch"], by_loss["ours"]
         table.add_row(
             "",
-            "torch / ours",
+            "torch/ours",
             "",
             "",
             f"{torch.step_ms / ours.step_ms:.2f} x",
