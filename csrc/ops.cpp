@@ -4,15 +4,17 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/Allocator.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "checks.h"
-#include "cpu/huge_pages.h"
+#include "cpu/large_memory.h"
 #include "problem.h"
 
 namespace ce {
@@ -97,10 +99,27 @@ Tensor run_forward(ProblemBuilder& builder, const Tensor& logits, const Options&
   return loss.to(dtype);
 }
 
-Tensor empty_grad(const Tensor& like) {
-  Tensor grad = at::empty_like(like);
-  cpu::advise_huge_pages(grad.data_ptr(), grad.nbytes());
-  return grad;
+// A gradient to be written. Stores into memory whose pages have been touched before need not go through the caches.
+struct NewGrad {
+  Tensor tensor;
+  bool streams = false;
+};
+
+NewGrad empty_grad(const Tensor& like) {
+  if (like.nbytes() >= cpu::kLargeMemory && like.is_non_overlapping_and_dense()) {
+    const cpu::LargeBlock block = cpu::allocate_large(like.nbytes());
+    if (block.data) {
+      return {at::for_blob(block.data, like.sizes())
+                  .strides(like.strides())
+                  .deleter([block](void*) { cpu::free_large(block); })
+                  .options(like.options())
+                  .allocator(c10::GetAllocator(c10::kCPU))
+                  .resizeable_storage()
+                  .make_tensor(),
+              block.is_reused};
+    }
+  }
+  return {at::empty_like(like)};
 }
 
 // The kernels of the operators on CPU tensors.
@@ -132,10 +151,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, con
   return {loss, max, sum, lse};
 }
 
-Tensor forward_into(const Tensor& grad, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+Tensor forward_into(const NewGrad& grad, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                     const Options& options) {
   ProblemBuilder builder(logits, target, weight, options);
-  builder.add_grad(grad);
+  builder.add_grad(grad.tensor, grad.streams);
   return run_forward(builder, logits, options);
 }
 
@@ -144,26 +163,26 @@ std::tuple<Tensor, Tensor> forward_grad_cpu(const Tensor& logits, const Tensor& 
                                             std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   check(logits, target, weight, options);
-  Tensor grad = empty_grad(logits);
+  const NewGrad grad = empty_grad(logits);
   Tensor loss = forward_into(grad, logits, target, weight, options);
-  return {loss, grad};
+  return {loss, grad.tensor};
 }
 
 Tensor forward_grad__cpu(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                          int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   check(logits, target, weight, options);
-  return forward_into(logits, logits, target, weight, options);
+  return forward_into({logits}, logits, target, weight, options);
 }
 
 // The one way into the backward kernels.
 template <typename Kernel>
-void run_backward(Kernel kernel, const Tensor& out, const Tensor& grad_loss, const OptionalTensor& grad_lse,
+void run_backward(Kernel kernel, const NewGrad& out, const Tensor& grad_loss, const OptionalTensor& grad_lse,
                   const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& max,
                   const Tensor& sum, const Options& options) {
   ProblemBuilder builder(logits, target, weight, options);
   if (builder.is_empty()) {
-    out.zero_();
+    out.tensor.zero_();
     return;
   }
   builder.add_row_input(&Problem::max, max);
@@ -172,11 +191,11 @@ void run_backward(Kernel kernel, const Tensor& out, const Tensor& grad_loss, con
   if (grad_lse && grad_lse->defined()) {
     builder.add_upstream(&Problem::grad_lse, *grad_lse);
   }
-  if (out.sizes() == logits.sizes()) {
-    builder.add_grad(out);
+  if (out.tensor.sizes() == logits.sizes()) {
+    builder.add_grad(out.tensor, out.streams);
   }
   Problem& problem = builder.problem();
-  problem.grad.data = out.data_ptr();
+  problem.grad.data = out.tensor.data_ptr();
   const Divisor divisor(problem, options.reduction);
   kernel(problem);
 }
@@ -184,32 +203,32 @@ void run_backward(Kernel kernel, const Tensor& out, const Tensor& grad_loss, con
 Tensor backward_cpu(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits, const Tensor& target,
                     const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
                     int64_t ignore_index, double label_smoothing) {
-  Tensor grad = empty_grad(logits);
+  const NewGrad grad = empty_grad(logits);
   run_backward(cpu::backward, grad, grad_loss, grad_lse, logits, target, weight, max, sum,
                {reduction, ignore_index, label_smoothing});
-  return grad;
+  return grad.tensor;
 }
 
 void backward__cpu(Tensor& logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
                    const Tensor& max, const Tensor& sum, int64_t reduction, int64_t ignore_index,
                    double label_smoothing) {
-  run_backward(cpu::backward, logits, grad_loss, std::nullopt, logits, target, weight, max, sum,
+  run_backward(cpu::backward, {logits}, grad_loss, std::nullopt, logits, target, weight, max, sum,
                {reduction, ignore_index, label_smoothing});
 }
 
 Tensor target_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                            const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
                            double label_smoothing) {
-  Tensor grad = empty_grad(target);
+  const NewGrad grad = empty_grad(target);
   run_backward(cpu::target_backward, grad, grad_loss, std::nullopt, logits, target, weight, max, sum,
                {reduction, -100, label_smoothing});
-  return grad;
+  return grad.tensor;
 }
 
 Tensor weight_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& weight,
                            const Tensor& max, const Tensor& sum, int64_t reduction, double label_smoothing) {
   Tensor grad = at::empty(weight.sizes(), weight.options().dtype(accumulator_of(logits.scalar_type())));
-  run_backward(cpu::weight_backward, grad, grad_loss, std::nullopt, logits, target, weight, max, sum,
+  run_backward(cpu::weight_backward, {grad}, grad_loss, std::nullopt, logits, target, weight, max, sum,
                {reduction, -100, label_smoothing});
   return grad.to(weight.scalar_type());
 }

@@ -99,7 +99,8 @@ void ProblemBuilder::add_upstream(Input Problem::* input, const at::Tensor& upst
   add_operand((problem_.*input).strides, kept_.back(), /*has_classes=*/false);
 }
 
-void ProblemBuilder::add_grad(const at::Tensor& grad) {
+void ProblemBuilder::add_grad(const at::Tensor& grad, bool streams) {
+  problem_.streams_grad = streams;
   problem_.grad.data = grad.data_ptr();
   problem_.grad.class_stride = grad.stride(class_dim_);
   add_operand(problem_.grad.strides, grad, /*has_classes=*/true);

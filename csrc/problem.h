@@ -35,7 +35,7 @@ class ProblemBuilder {
   // An upstream gradient, of shape (rows) or ().
   void add_upstream(Input Problem::* input, const at::Tensor& upstream);
   // The destination of a gradient of the logits' shape.
-  void add_grad(const at::Tensor& grad);
+  void add_grad(const at::Tensor& grad, bool streams);
 
   // Valid as long as the builder is.
   Problem& problem();

@@ -47,7 +47,7 @@ struct Backward {
       if (probabilities) {
         kernels.sum_coefficients(p, tiling.along, tile, coefficients);
       }
-      TileGradient<A> gradient;
+      TileGradient<A> gradient(tile);
       for (int lane = 0; lane < tile.rows; ++lane) {
         const int64_t row = tile.row + lane;
         if (targets.index[lane] >= 0) {
@@ -63,7 +63,7 @@ struct Backward {
   }
 
   TileGradient<A> log_sums(Tile tile) const {
-    TileGradient<A> rows;
+    TileGradient<A> rows(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const MaxSum<A> row = exps(tile.row + lane);
       rows.set(lane, {row.max, row.log_sum(), upstream_of<A>(p, tile.row + lane)});

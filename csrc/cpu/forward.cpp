@@ -34,7 +34,7 @@ struct Forward {
 
   // Writes the rows' results and prepares their gradient.
   TileGradient<A> finish(Tile tile, const TileTargets<A>& targets, const RowState<double>* states) const {
-    TileGradient<A> gradient;
+    TileGradient<A> gradient(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t row = tile.row + lane;
       const int64_t offset = row_offset(p, row, p.row_strides);
@@ -56,11 +56,13 @@ struct Forward {
   // Rows enough for all threads: each thread takes whole tiles, whose logits are still in its cache for the gradient.
   void by_tile() const {
     at::parallel_for(0, tiling.tiles, tiling.grain(p, tiling.tiles), [&](int64_t begin, int64_t end) {
+      RowState<double> states[kMaxLanes];
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = tiling.tile(i);
         const TileTargets<A> targets(p, tile);
-        RowState<double> states[kMaxLanes];
-        if (is_read(targets)) {
+        if (!is_read(targets)) {
+          std::fill(states, states + tile.rows, RowState<double>());
+        } else {
           for (int64_t piece = 0; piece < tiling.pieces; ++piece) {
             accumulate(tile, targets, piece, states);
           }
@@ -90,7 +92,7 @@ struct Forward {
         accumulate(tile, targets, piece, &states[i * kMaxLanes]);
       }
     });
-    std::vector<TileGradient<A>> gradients(tiling.tiles);
+    std::vector<TileGradient<A>> gradients;
     for (int64_t t = 0; t < tiling.tiles; ++t) {
       const Tile tile = tiling.tile(t);
       RowState<double>* merged = &states[t * tiling.pieces * kMaxLanes];
@@ -99,7 +101,7 @@ struct Forward {
           merged[lane] = merged[lane].merge(merged[piece * kMaxLanes + lane]);
         }
       }
-      gradients[t] = finish(tile, TileTargets<A>(p, tile), merged);
+      gradients.push_back(finish(tile, TileTargets<A>(p, tile), merged));
     }
     if (p.grad.data) {
       for_each_piece([&](int64_t i, Tile tile, const TileTargets<A>& targets, int64_t piece) {

@@ -4,6 +4,7 @@
 namespace ce::cpu::CE_ISA {
 
 #define CE_INLINE inline __attribute__((always_inline))
+#define CE_UNROLL _Pragma("GCC unroll 16")
 
 typedef float Floats __attribute__((vector_size(CE_VECTOR_BYTES)));
 typedef double Doubles __attribute__((vector_size(CE_VECTOR_BYTES)));
@@ -76,10 +77,25 @@ CE_INLINE Vec<A> broadcast(A x) {
   return x - Vec<A>{};
 }
 
-// NaN in `b` is kept, NaN in `a` is not: the order of the operands of x86's max.
-template <typename V>
-CE_INLINE V max(V a, V b) {
+// NaN in `b` is kept, NaN in `a` is not: the order of the operands of x86's max. (GCC makes a comparison and a blend of
+// the conditional expression; the forms with a mask avoid the uninitialized operand of the plain intrinsics.)
+CE_INLINE Floats max(Floats a, Floats b) {
+#if CE_VECTOR_BYTES == 64
+  return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif CE_VECTOR_BYTES == 32
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
   return a > b ? a : b;
+#endif
+}
+CE_INLINE Doubles max(Doubles a, Doubles b) {
+#if CE_VECTOR_BYTES == 64
+  return (Doubles)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+#elif CE_VECTOR_BYTES == 32
+  return (Doubles)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
 }
 
 CE_INLINE bool any_greater(Floats a, Floats b) {
@@ -104,126 +120,211 @@ CE_INLINE bool any_greater(Doubles a, Doubles b) {
 #endif
 }
 
+template <typename A, int kBytes>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kBytes)));
+};
+
+// Combines the lanes of a vector by halves.
+template <typename A, int kBytes, typename Combine>
+CE_INLINE A reduce(typename VecOf<A, kBytes>::type v, Combine combine) {
+  if constexpr (kBytes == 2 * sizeof(A)) {
+    return combine(v[0], v[1]);
+  } else {
+    struct Halves {
+      typename VecOf<A, kBytes / 2>::type low, high;
+    };
+    const auto halves = bit_cast<Halves>(v);
+    return reduce<A, kBytes / 2>(combine(halves.low, halves.high), combine);
+  }
+}
+
 template <typename A>
 CE_INLINE A reduce_sum(Vec<A> v) {
-  A lane[kLanes<A>];
-  __builtin_memcpy(lane, &v, sizeof(v));
-  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      lane[i] += lane[i + half];
-    }
-  }
-  return lane[0];
+  return reduce<A, CE_VECTOR_BYTES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <typename A>
 CE_INLINE A reduce_max(Vec<A> v) {
-  A lane[kLanes<A>];
-  __builtin_memcpy(lane, &v, sizeof(v));
-  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) {
-      lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    }
-  }
-  return lane[0];
+  return reduce<A, CE_VECTOR_BYTES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// addend + exp(x) for x ≤ 0; what would be a subnormal number is 0.
-template <typename A>
-CE_INLINE Vec<A> add_exp(Vec<A> x, Vec<A> addend) {
-  using S = Simd<A>;
-  constexpr int kDegree = sizeof(S::kPolynomial) / sizeof(A) - 1;
-  x = max(broadcast(S::kLowest), x);
-  const Vec<A> shifted = x * S::kLog2e + S::kMagic;
-  const Vec<A> f = x * S::kLog2e + (S::kMagic - shifted);
-  Vec<A> power = broadcast(S::kPolynomial[kDegree]);
-#pragma GCC unroll 16
-  for (int i = kDegree - 1; i >= 0; --i) {
-    power = power * f + S::kPolynomial[i];
+// exp(x) as a product of two factors, for x ≤ 0; what would be a subnormal number is 0. The steps of several vectors
+// alternate: one vector's steps depend on each other, and a processor looks ahead at two or three vectors only.
+template <typename A, int kCount>
+struct Exp {
+  Vec<A> power[kCount];
+  Vec<A> scale[kCount];
+
+  CE_INLINE explicit Exp(Vec<A> (&x)[kCount]) {
+    using S = Simd<A>;
+    constexpr int kDegree = sizeof(S::kPolynomial) / sizeof(A) - 1;
+    Vec<A> shifted[kCount];
+    CE_UNROLL for (int i = 0; i < kCount; ++i) { x[i] = max(broadcast(S::kLowest), x[i]); }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) { shifted[i] = x[i] * S::kLog2e + S::kMagic; }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      x[i] = x[i] * S::kLog2e + (S::kMagic - shifted[i]);
+      power[i] = x[i] * S::kPolynomial[kDegree] + S::kPolynomial[kDegree - 1];
+      scale[i] = bit_cast<Vec<A>>(bit_cast<typename S::Bits>(shifted[i]) << S::kMantissa);
+    }
+    CE_UNROLL for (int k = kDegree - 2; k >= 0; --k) {
+      CE_UNROLL for (int i = 0; i < kCount; ++i) { power[i] = power[i] * x[i] + S::kPolynomial[k]; }
+    }
   }
-  const auto scale = bit_cast<Vec<A>>(bit_cast<typename S::Bits>(shifted) << S::kMantissa);
-  return power * scale + addend;
-}
+
+  CE_INLINE Vec<A> get(int i) const { return power[i] * scale[i]; }
+};
 
 template <typename A>
 CE_INLINE Vec<A> exp(Vec<A> x) {
-  return add_exp<A>(x, Vec<A>{});
+  Vec<A> xs[] = {x};
+  return Exp<A, 1>(xs).get(0);
+}
+
+// How elements of type T look in memory, and the conversions from and to a vector of their accumulators.
+
+template <typename T>
+struct BitsOf {
+  using type = UInt16s;
+};
+template <>
+struct BitsOf<float> {
+  using type = Floats;
+};
+template <>
+struct BitsOf<double> {
+  using type = Doubles;
+};
+template <typename T>
+using Bits = typename BitsOf<T>::type;
+
+// 16-bit to 32-bit integers and back. (GCC makes two halves of __builtin_convertvector.)
+CE_INLINE UInt32s widen(UInt16s v) {
+#if CE_VECTOR_BYTES == 64
+  return (UInt32s)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif CE_VECTOR_BYTES == 32
+  return (UInt32s)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, UInt32s);
+#endif
+}
+CE_INLINE UInt16s narrow(UInt32s v) {
+#if CE_VECTOR_BYTES == 64
+  return (UInt16s)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#elif CE_VECTOR_BYTES == 32
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (UInt16s)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(v, UInt16s);
+#endif
+}
+
+template <typename T>
+CE_INLINE Vec<Acc<T>> from_bits(Bits<T> bits) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return bit_cast<Floats>(widen(bits) << 16);
+  } else if constexpr (std::is_same_v<T, Float16>) {
+#if CE_VECTOR_BYTES == 64
+    return (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
+#elif CE_VECTOR_BYTES == 32
+    return (Floats)_mm256_cvtph_ps((__m128i)bits);
+#else
+    const UInt32s wide = widen(bits);
+    // Scaling by 2^112 moves the exponent's bias from 15 to 127, subnormal numbers included.
+    const UInt32s finite = bit_cast<UInt32s>(bit_cast<Floats>((wide & 0x7fff) << 13) * 0x1p112f);
+    const UInt32s special = (UInt32s)((wide & 0x7c00) == 0x7c00) & 0x7f800000;
+    return bit_cast<Floats>(finite | special | (wide & 0x8000) << 16);
+#endif
+  } else {
+    return bits;
+  }
+}
+
+template <typename T>
+CE_INLINE Bits<T> to_bits(Vec<Acc<T>> v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const UInt32s wide = bit_cast<UInt32s>(v);
+    const UInt32s rounded = wide + 0x7fff + (wide >> 16 & 1);
+    return narrow((v == v ? rounded : wide | 0x400000) >> 16);
+  } else if constexpr (std::is_same_v<T, Float16>) {
+#if CE_VECTOR_BYTES == 64
+    return (UInt16s)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif CE_VECTOR_BYTES == 32
+    return (UInt16s)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const UInt32s wide = bit_cast<UInt32s>(v);
+    const UInt32s magnitude = wide & 0x7fffffff;
+    // Normal: rebias the exponent and round to nearest even. Subnormal: adding ½ lets the addition do the rounding.
+    const UInt32s normal = (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13;
+    const UInt32s subnormal = bit_cast<UInt32s>(bit_cast<Floats>(magnitude) + 0.5f) - 0x3f000000;
+    const UInt32s special = magnitude > 0x7f800000 ? UInt32s{} + 0x7e00 : UInt32s{} + 0x7c00;
+    const UInt32s value = magnitude >= 0x477ff000 ? special : (magnitude < 0x38800000 ? subnormal : normal);
+    return narrow(value | (wide >> 16 & 0x8000));
+#endif
+  } else {
+    return v;
+  }
 }
 
 // Loads and stores of kLanes adjacent elements.
 
-template <typename V, typename T>
-CE_INLINE V load_bits(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
+template <typename T>
+CE_INLINE Vec<Acc<T>> load(const T* p) {
+  Bits<T> bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return from_bits<T>(bits);
 }
 
-CE_INLINE Floats load(const float* p) {
-  return load_bits<Floats>(p);
-}
-CE_INLINE Doubles load(const double* p) {
-  return load_bits<Doubles>(p);
-}
-
-CE_INLINE Floats load(const BFloat16* p) {
-  return bit_cast<Floats>(__builtin_convertvector(load_bits<UInt16s>(p), UInt32s) << 16);
+template <typename T>
+CE_INLINE void store(T* p, Vec<Acc<T>> v) {
+  const Bits<T> bits = to_bits<T>(v);
+  __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-CE_INLINE Floats load(const Float16* p) {
-#if CE_VECTOR_BYTES == 64
-  return (Floats)_mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(p));
-#elif CE_VECTOR_BYTES == 32
-  return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(p));
+// A store that goes past the caches. `p` is aligned to what it stores.
+template <typename T>
+CE_INLINE void store_streaming(T* p, Vec<Acc<T>> v) {
+#if CE_VECTOR_BYTES == 16
+  store(p, v);
 #else
-  const UInt32s bits = __builtin_convertvector(load_bits<UInt16s>(p), UInt32s);
-  // Scaling by 2^112 moves the exponent's bias from 15 to 127, subnormal numbers included.
-  const UInt32s finite = bit_cast<UInt32s>(bit_cast<Floats>((bits & 0x7fff) << 13) * 0x1p112f);
-  const UInt32s special = (UInt32s)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
-  return bit_cast<Floats>(finite | special | (bits & 0x8000) << 16);
+  const Bits<T> bits = to_bits<T>(v);
+  if constexpr (sizeof(bits) == 64) {
+    _mm512_stream_si512((__m512i*)p, bit_cast<__m512i>(bits));
+  } else if constexpr (sizeof(bits) == 32) {
+    _mm256_stream_si256((__m256i*)p, bit_cast<__m256i>(bits));
+  } else {
+    _mm_stream_si128((__m128i*)p, bit_cast<__m128i>(bits));
+  }
 #endif
 }
 
-CE_INLINE void store(float* p, Floats v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-CE_INLINE void store(double* p, Doubles v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
-
-CE_INLINE void store(BFloat16* p, Floats v) {
-  const UInt32s bits = bit_cast<UInt32s>(v);
-  const UInt32s rounded = bits + 0x7fff + (bits >> 16 & 1);
-  const auto is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  const UInt16s half = __builtin_convertvector((is_nan ? bits | 0x400000 : rounded) >> 16, UInt16s);
-  __builtin_memcpy(p, &half, sizeof(half));
-}
-
-CE_INLINE void store(Float16* p, Floats v) {
-#if CE_VECTOR_BYTES == 64
-  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif CE_VECTOR_BYTES == 32
-  const __m128i half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const UInt32s bits = bit_cast<UInt32s>(v);
-  const UInt32s magnitude = bits & 0x7fffffff;
-  // Normal: rebias the exponent and round to nearest even. Subnormal: adding ½ lets the addition do the rounding.
-  const UInt32s normal = (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13;
-  const UInt32s subnormal = bit_cast<UInt32s>(bit_cast<Floats>(magnitude) + 0.5f) - 0x3f000000;
-  const UInt32s special = magnitude > 0x7f800000 ? UInt32s{} + 0x7e00 : UInt32s{} + 0x7c00;
-  const UInt32s value = magnitude >= 0x477ff000 ? special : (magnitude < 0x38800000 ? subnormal : normal);
-  const UInt16s half = __builtin_convertvector(value | (bits >> 16 & 0x8000), UInt16s);
+// Orders streaming stores before all that follows, as other stores are.
+CE_INLINE void finish_streaming() {
+#if CE_VECTOR_BYTES > 16
+  _mm_sfence();
 #endif
-  __builtin_memcpy(p, &half, sizeof(half));
 }
 
 // One vector whose lane i is the element at p[i · stride], for i < count; the other lanes are 0.
 template <typename T>
 CE_INLINE Vec<Acc<T>> load(const T* p, int64_t stride, int count) {
-  if (__builtin_expect(stride == 1 && count == kLanes<Acc<T>>, 1)) {
+  constexpr int kCount = kLanes<Acc<T>>;
+  if (__builtin_expect(stride == 1 && count == kCount, 1)) {
     return load(p);
   }
-  T lane[kLanes<Acc<T>>] = {};
+#if CE_VECTOR_BYTES == 64
+  if (stride == 1) {
+    const unsigned lanes = (1u << count) - 1;
+    if constexpr (sizeof(T) == 8) {
+      return (Doubles)_mm512_maskz_loadu_pd(lanes, p);
+    } else if constexpr (sizeof(T) == 4) {
+      return from_bits<T>((Bits<T>)_mm512_maskz_loadu_ps(lanes, p));
+    } else {
+      return from_bits<T>((Bits<T>)_mm256_maskz_loadu_epi16(lanes, p));
+    }
+  }
+#endif
+  T lane[kCount] = {};
   for (int i = 0; i < count; ++i) {
     lane[i] = p[i * stride];
   }
@@ -232,10 +333,25 @@ CE_INLINE Vec<Acc<T>> load(const T* p, int64_t stride, int count) {
 
 template <typename T>
 CE_INLINE void store(T* p, int64_t stride, int count, Vec<Acc<T>> v) {
-  if (__builtin_expect(stride == 1 && count == kLanes<Acc<T>>, 1)) {
+  constexpr int kCount = kLanes<Acc<T>>;
+  if (__builtin_expect(stride == 1 && count == kCount, 1)) {
     return store(p, v);
   }
-  T lane[kLanes<Acc<T>>];
+#if CE_VECTOR_BYTES == 64
+  if (stride == 1) {
+    const unsigned lanes = (1u << count) - 1;
+    const Bits<T> bits = to_bits<T>(v);
+    if constexpr (sizeof(T) == 8) {
+      _mm512_mask_storeu_pd(p, lanes, (__m512d)bits);
+    } else if constexpr (sizeof(T) == 4) {
+      _mm512_mask_storeu_ps(p, lanes, (__m512)bits);
+    } else {
+      _mm256_mask_storeu_epi16(p, lanes, (__m256i)bits);
+    }
+    return;
+  }
+#endif
+  T lane[kCount];
   store(lane, v);
   for (int i = 0; i < count; ++i) {
     p[i * stride] = lane[i];

@@ -32,6 +32,9 @@ struct Tiling {
   Tiling(const Problem& p, int vector_lanes);
 
   Tile tile(int64_t i) const {
+    if (lanes == 1) {
+      return {i, 1};
+    }
     const int64_t first = i % tiles_per_line * lanes;
     const int64_t rest = line - first;
     return {i / tiles_per_line * line + first, rest < lanes ? static_cast<int>(rest) : lanes};
@@ -54,9 +57,16 @@ struct TileTargets {
 // What the gradient kernels need of a tile's rows.
 template <typename A>
 struct TileGradient {
-  A max[kMaxLanes] = {};
-  A scale[kMaxLanes] = {};
-  A upstream[kMaxLanes] = {};
+  A max[kMaxLanes];
+  A scale[kMaxLanes];
+  A upstream[kMaxLanes];
+
+  // Lanes without a row are computed too, but not stored.
+  explicit TileGradient(Tile tile) {
+    for (int lane = tile.rows; lane < kMaxLanes && tile.rows > 1; ++lane) {
+      set(lane, {0, 0, 0});
+    }
+  }
 
   void set(int lane, RowGradient<A> row) {
     max[lane] = row.max;

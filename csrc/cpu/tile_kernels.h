@@ -25,6 +25,12 @@ struct TileView {
   CE_INLINE void set(int64_t c, int count, Vec<Acc<T>> v) const {
     store(data + c * class_stride, lane_stride(), count, v);
   }
+  // The classes from c up to where a vector of elements is aligned in memory, at most `limit`.
+  CE_INLINE int64_t to_alignment(int64_t c, int64_t limit) const {
+    const auto address = reinterpret_cast<uintptr_t>(data + c);
+    const int64_t ahead = -(address / sizeof(T)) % kLanes<Acc<T>>;
+    return ahead < limit ? ahead : limit;
+  }
   CE_INLINE T& at(int lane, int64_t c) const { return data[lane * row_stride + c * class_stride]; }
 };
 
@@ -59,102 +65,163 @@ CE_INLINE typename Simd<A>::Mask first_lanes(int count) {
   return lane < count;
 }
 
-// RowState in every lane, with the running maximum as the reference of the sums. Along a row all lanes share one.
-template <typename A, bool kAlong>
-struct Accumulator {
-  Vec<A> reference;
-  Vec<A> sums[2] = {};  // two chains of additions run side by side
+// What the lanes add up.
+template <typename A>
+struct Sums {
+  Vec<A> exps = {};
   Vec<A> linear = {};
   Vec<A> coefficients = {};
 
-  // Any element serves as the first reference, but −inf would make a NaN of −inf − (−inf).
-  CE_INLINE explicit Accumulator(Vec<A> first) {
-    reference = max(first, broadcast(std::numeric_limits<A>::lowest()));
-    reference = kAlong ? broadcast(reference[0]) : reference;
+  CE_INLINE void add(const Sums& other) {
+    exps += other.exps;
+    linear += other.linear;
+    coefficients += other.coefficients;
+  }
+};
+
+// RowState in every lane, with the running maximum as the reference of the sums. Along a row all lanes share one.
+//
+// Rounding errors grow with the length of a chain of additions, and in one direction where the terms are alike. So
+// there are three levels of sums: a group's, a block's and the piece's.
+template <typename A, bool kAlong>
+struct Accumulator {
+  static constexpr int kGroupsOfBlock = 8;
+
+  Vec<A> reference;
+  Sums<A> block, piece;
+  int groups = 0;
+
+  // Any elements serve as the first reference, but −inf would make a NaN of −inf − (−inf).
+  CE_INLINE explicit Accumulator(Vec<A> first)
+      : reference(max(kAlong ? broadcast(reduce_max<A>(first)) : first, broadcast(std::numeric_limits<A>::lowest()))) {}
+
+  CE_INLINE void close_block() {
+    piece.add(block);
+    block = {};
+    groups = 0;
   }
 
   CE_INLINE void raise_to(Vec<A> top) {
+    close_block();
     const Vec<A> raised = kAlong ? broadcast(reduce_max<A>(top)) : max(top, reference);
     const Vec<A> step = reference - raised;
-    const Vec<A> factor = exp<A>(step);
-    sums[0] *= factor;
-    sums[1] *= factor;
-    linear = coefficients == 0 ? linear : linear + coefficients * step;
+    piece.exps *= exp<A>(step);
+    piece.linear = piece.coefficients == 0 ? piece.linear : piece.linear + piece.coefficients * step;
     reference = raised;
   }
 
-  template <int kCount>
-  CE_INLINE void add(const Vec<A> (&x)[kCount]) {
+  // Adds a group of vectors. Vector i of their coefficients is coefficient(i).
+  template <bool kLinear, int kCount, typename Coefficient>
+  CE_INLINE void add(const Vec<A> (&x)[kCount], Coefficient&& coefficient) {
     Vec<A> top = x[0];
-#pragma GCC unroll 8
-    for (int i = 1; i < kCount; ++i) {
+    CE_UNROLL for (int i = 1; i < kCount; ++i) {
       top = max(top, x[i]);
     }
     if (__builtin_expect(any_greater(top, reference), 0)) {
       raise_to(top);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-      sums[i % 2] = add_exp<A>(x[i] - reference, sums[i % 2]);
+    Sums<A> group;
+    constexpr int kInterleaved = kCount < 4 ? kCount : 4;
+    CE_UNROLL for (int first = 0; first < kCount; first += kInterleaved) {
+      Vec<A> steps[kInterleaved];
+      CE_UNROLL for (int i = 0; i < kInterleaved; ++i) {
+        steps[i] = x[first + i] - reference;
+        if (kLinear) {
+          const Vec<A> a = coefficient(first + i);
+          group.linear += a * steps[i];
+          group.coefficients += a;
+        }
+      }
+      const Exp<A, kInterleaved> exps(steps);
+      CE_UNROLL for (int i = 0; i < kInterleaved; ++i) { group.exps += exps.get(i); }
+    }
+    block.add(group);
+    if (++groups == kGroupsOfBlock) {
+      close_block();
     }
   }
-
-  CE_INLINE void add_coefficients(Vec<A> x, Vec<A> a) {
-    linear += a * (x - reference);
-    coefficients += a;
-  }
 };
+
+// The maximum of a whole piece that is short, or of the first few vectors of a long one: a good first reference spares
+// most of the raises.
+template <typename T, bool kAlong>
+CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int64_t begin, int64_t end, int rows) {
+  using A = Acc<T>;
+  constexpr int kStep = kAlong ? kLanes<A> : 1;
+  constexpr int kGroup = 4;
+  constexpr int kShort = 64;  // vectors, which stay in the first cache
+  const int lanes = kAlong ? kLanes<A> : rows;
+  if (end - begin < kGroup * kStep) {
+    Vec<A> top = broadcast(A(-INFINITY));
+    for (int64_t c = begin; c < end; c += kStep) {
+      const int count = kAlong && end - c < kLanes<A> ? static_cast<int>(end - c) : lanes;
+      top = max(top, first_lanes<A>(count) ? logits.get(c, count) : top);
+    }
+    return top;
+  }
+  Vec<A> top[kGroup];
+  CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+    top[i] = logits.get(begin + i * kStep, lanes);
+  }
+  const int64_t last = (end - begin > kShort * kStep ? begin + kGroup * kStep : end) - kGroup * kStep;
+  for (int64_t c = begin; c < last;) {
+    c = last - c < kGroup * kStep ? last : c + kGroup * kStep;  // the last group overlaps the one before
+    CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+      top[i] = max(top[i], logits.get(c + i * kStep, lanes));
+    }
+  }
+  return max(max(top[0], top[1]), max(top[2], top[3]));
+}
 
 template <typename T, bool kAlong, bool kLinear>
 void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
                         RowState<double>* states) {
   using A = Acc<T>;
-  constexpr int kGroup = 8;
   constexpr int kStep = kAlong ? kLanes<A> : 1;
   const TileView<const T, kAlong> logits(p, p.logits, tile);
   const Coefficients<T, kAlong> coefficients(p, tile);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
 
-  Accumulator<A, kAlong> state(logits.get(begin, kAlong ? 1 : lanes));
+  Accumulator<A, kAlong> state(first_maximum<T, kAlong>(logits, begin, end, tile.rows));
+  // A group's vectors come from as many stripes of the piece: a core reads memory a third faster from eight pages at a
+  // time than from one.
   int64_t c = begin;
-  for (; c + kGroup * kStep <= end; c += kGroup * kStep) {
-    if (kAlong) {
-#pragma GCC unroll 8
-      for (int i = 0; i < int(kGroup * kStep * sizeof(T)); i += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(logits.data + c * logits.class_stride) + 2048 + i);
+  const auto add_groups = [&](auto group) __attribute__((always_inline)) {
+    constexpr int kGroup = decltype(group)::value;
+    const int64_t stripe = (end - c) / (kGroup * kStep) * kStep;
+    for (const int64_t last = c + stripe; c < last; c += kStep) {
+      Vec<A> x[kGroup];
+      CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+        x[i] = logits.get(c + i * stripe, lanes);
       }
+      state.template add<kLinear>(
+          x, [&](int i) __attribute__((always_inline)) { return coefficients.get(c + i * stripe, lanes); });
     }
-    Vec<A> x[kGroup];
-#pragma GCC unroll 8
-    for (int i = 0; i < kGroup; ++i) {
-      x[i] = logits.get(c + i * kStep, lanes);
-    }
-    state.add(x);
-    if (kLinear) {
-      for (int i = 0; i < kGroup; ++i) {
-        state.add_coefficients(x[i], coefficients.get(c + i * kStep, lanes));
-      }
-    }
-  }
+    c += (kGroup - 1) * stripe;
+  };
+  add_groups(std::integral_constant<int, 8>());
+  add_groups(std::integral_constant<int, 4>());
   for (; c < end; c += kStep) {
     const int count = kAlong && end - c < kLanes<A> ? static_cast<int>(end - c) : lanes;
-    Vec<A> x[1] = {logits.get(c, count)};
     const auto valid = first_lanes<A>(count);
-    x[0] = valid ? x[0] : broadcast(A(-INFINITY));
-    state.add(x);
+    Vec<A> x[1] = {valid ? logits.get(c, count) : broadcast(A(-INFINITY))};
+    state.template add<false>(x, [](int) __attribute__((always_inline)) { return Vec<A>{}; });
     if (kLinear) {
-      x[0] = valid ? x[0] : state.reference;
-      state.add_coefficients(x[0], valid ? coefficients.get(c, count) : Vec<A>{});
+      const Vec<A> a = valid ? coefficients.get(c, count) : Vec<A>{};
+      state.block.linear += valid ? a * (x[0] - state.reference) : Vec<A>{};
+      state.block.coefficients += a;
     }
   }
+  state.close_block();
+  const Sums<A>& sums = state.piece;
 
   for (int lane = 0; lane < tile.rows; ++lane) {
     RowState<double> row;
-    row.exps.sum = kAlong ? reduce_sum<A>(state.sums[0] + state.sums[1]) : state.sums[0][lane] + state.sums[1][lane];
+    row.exps.sum = kAlong ? reduce_sum<A>(sums.exps) : sums.exps[lane];
     row.exps.max = row.exps.sum == 0 ? -INFINITY : state.reference[lane];
     if (kLinear) {
-      row.linear = kAlong ? reduce_sum<A>(state.linear) : state.linear[lane];
-      row.coefficients = kAlong ? reduce_sum<A>(state.coefficients) : state.coefficients[lane];
+      row.linear = kAlong ? reduce_sum<A>(sums.linear) : sums.linear[lane];
+      row.coefficients = kAlong ? reduce_sum<A>(sums.coefficients) : sums.coefficients[lane];
     }
     const int64_t target = targets.index[lane];
     if (target >= begin && target < end) {
@@ -210,14 +277,46 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   for (int lane = 0; lane < kLanes<A>; ++lane) {
     kept[lane] = kAlong || targets.kept[lane] ? -1 : 0;
   }
-  for (int64_t c = begin; c < end; c += kStep) {
-    const int count = !kAlong ? tile.rows : end - c < kLanes<A> ? static_cast<int>(end - c) : kLanes<A>;
-    const Vec<A> e = exp<A>(logits.get(c, count) - top);
-    Vec<A> g = kLinear ? Row::element(e, coefficients.get(c, count), scale, upstream) : e * scale;
-    if (!kAlong) {
-      g = kept ? g : Vec<A>{};
+  const int lanes = kAlong ? kLanes<A> : tile.rows;
+  // Writes a group of vectors from class c on.
+  const auto write = [&](auto group, int64_t c, int count, bool streams) __attribute__((always_inline)) {
+    constexpr int kGroup = decltype(group)::value;
+    Vec<A> x[kGroup];
+    CE_UNROLL for (int i = 0; i < kGroup; ++i) { x[i] = logits.get(c + i * kStep, count) - top; }
+    const Exp<A, kGroup> exps(x);
+    CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+      const Vec<A> e = exps.get(i);
+      Vec<A> g = kLinear ? Row::element(e, coefficients.get(c + i * kStep, count), scale, upstream) : e * scale;
+      if (!kAlong) {
+        g = kept ? g : Vec<A>{};
+      }
+      if (streams) {
+        store_streaming(grad.data + c + i * kStep, g);
+      } else {
+        grad.set(c + i * kStep, count, g);
+      }
     }
-    grad.set(c, count, g);
+  };
+  constexpr std::integral_constant<int, 4> kFour;
+  constexpr std::integral_constant<int, 1> kOne;
+  int64_t c = begin;
+  if (kAlong && grad.class_stride == 1) {
+    if (const int64_t head = grad.to_alignment(begin, end - begin)) {
+      write(kOne, c, head, false);
+      c += head;
+    }
+    if (p.streams_grad) {
+      for (; c + kFour * kStep <= end; c += kFour * kStep) {
+        write(kFour, c, lanes, true);
+      }
+      finish_streaming();
+    }
+  }
+  for (; c + kFour * kStep <= end; c += kFour * kStep) {
+    write(kFour, c, lanes, false);
+  }
+  for (; c < end; c += kStep) {
+    write(kOne, c, kAlong && end - c < kLanes<A> ? static_cast<int>(end - c) : lanes, false);
   }
 
   for (int lane = 0; lane < tile.rows; ++lane) {
