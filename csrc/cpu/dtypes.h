@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 #include "../kernels.h"
 
@@ -24,7 +24,7 @@ struct AccumulatorOf<double> {
   using type = double;
 };
 template <typename T>
-using Acc = typename AccumulatorOf<T>::type;
+using Acc = typename AccumulatorOf<std::remove_const_t<T>>::type;
 
 // The one switch over element types: calls f with a value of the type that `dtype` names.
 template <typename F>

@@ -10,7 +10,7 @@
 
 namespace ce::cpu {
 
-constexpr size_t kLargeMemory = size_t(32) << 20;  // bytes
+constexpr size_t kLargeMemory = size_t(8) << 20;  // bytes
 
 struct LargeBlock {
   void* data = nullptr;

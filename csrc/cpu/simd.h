@@ -15,7 +15,6 @@ typedef uint64_t UInt64s __attribute__((vector_size(CE_VECTOR_BYTES)));
 typedef uint16_t UInt16s __attribute__((vector_size(CE_VECTOR_BYTES / 2)));  // as many as a vector has floats
 
 // exp(x) = 2^n · 2^f with n = round(x · log2 e). Adding `magic` leaves n plus the exponent's bias in the low bits.
-// `polynomial` is the minimax polynomial of 2^f on [−½, ½] in relative error, held to 1 at 0, lowest degree first.
 template <typename A>
 struct Simd;
 
@@ -28,12 +27,6 @@ struct Simd<float> {
   static constexpr float kMagic = 0x1.8p23f + 127;
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLowest = -88.02969193f;  // −127 ln 2: rounds to 2^−127, whose bits are those of 0
-  static constexpr float kPolynomial[] = {1,
-                                          0.693146977598992038f,
-                                          0.240222420853767095f,
-                                          0.0555073374347008527f,
-                                          0.00967151263995645515f,
-                                          0.00132647271400720133f};  // 9.2e-8
 };
 
 template <>
@@ -45,19 +38,48 @@ struct Simd<double> {
   static constexpr double kMagic = 0x1.8p52 + 1023;
   static constexpr double kLog2e = 1.44269504088896341;
   static constexpr double kLowest = -709.0895657128241;  // −1023 ln 2
-  static constexpr double kPolynomial[] = {1,
-                                           0.693147180559945326,
-                                           0.240226506959101313,
-                                           0.0555041086648200832,
-                                           0.00961812910759412009,
-                                           0.00133335581467746205,
-                                           0.000154035304571120909,
-                                           0.0000152527334931274893,
-                                           1.3215435282308488e-6,
-                                           1.0178199571842138e-7,
-                                           7.0737832485031333e-9,
-                                           4.43477129820037671e-10};  // 3.4e-18
 };
+
+// The minimax polynomial of 2^f on [−½, ½] in relative error, held to 1 at 0, lowest degree first; with its error.
+template <typename A, int kDegree>
+constexpr A kPower2[] = {};
+template <>
+inline constexpr double kPower2<double, 11>[] = {1,
+                                                 0.693147180559945326,
+                                                 0.240226506959101313,
+                                                 0.0555041086648200832,
+                                                 0.00961812910759412009,
+                                                 0.00133335581467746205,
+                                                 0.000154035304571120909,
+                                                 0.0000152527334931274893,
+                                                 1.3215435282308488e-6,
+                                                 1.0178199571842138e-7,
+                                                 7.0737832485031333e-9,
+                                                 4.43477129820037671e-10};  // 3.4e-18
+template <>
+inline constexpr float kPower2<float, 5>[] = {1,
+                                              0.693146977598992038f,
+                                              0.240222420853767095f,
+                                              0.0555073374347008527f,
+                                              0.00967151263995645515f,
+                                              0.00132647271400720133f};  // 9.2e-8
+template <>
+inline constexpr float kPower2<float, 4>[] = {1,
+                                              0.693124193420718485f,
+                                              0.24024098611670646f,
+                                              0.05590642459141304f,
+                                              0.00958285302904600233f};  // 2.8e-6
+template <>
+inline constexpr float kPower2<float, 3>[] = {1,
+                                              0.693282927111494055f,
+                                              0.242210959410183542f,
+                                              0.055008931160812809f};  // 1.0e-4
+
+// The degrees that leave less than a rounding error, of an accumulator or of an element.
+template <typename A>
+constexpr int kFullDegree = sizeof(A) == 8 ? 11 : 5;
+template <typename T>
+constexpr int kElementDegree = std::is_same_v<T, BFloat16> ? 3 : std::is_same_v<T, Float16> ? 4 : kFullDegree<T>;
 
 template <typename A>
 using Vec = typename Simd<A>::Vec;
@@ -151,24 +173,24 @@ CE_INLINE A reduce_max(Vec<A> v) {
 
 // exp(x) as a product of two factors, for x ≤ 0; what would be a subnormal number is 0. The steps of several vectors
 // alternate: one vector's steps depend on each other, and a processor looks ahead at two or three vectors only.
-template <typename A, int kCount>
+template <typename A, int kCount, int kDegree = kFullDegree<A>>
 struct Exp {
   Vec<A> power[kCount];
   Vec<A> scale[kCount];
 
   CE_INLINE explicit Exp(Vec<A> (&x)[kCount]) {
     using S = Simd<A>;
-    constexpr int kDegree = sizeof(S::kPolynomial) / sizeof(A) - 1;
+    constexpr auto& kPolynomial = kPower2<A, kDegree>;
     Vec<A> shifted[kCount];
     CE_UNROLL for (int i = 0; i < kCount; ++i) { x[i] = max(broadcast(S::kLowest), x[i]); }
     CE_UNROLL for (int i = 0; i < kCount; ++i) { shifted[i] = x[i] * S::kLog2e + S::kMagic; }
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
       x[i] = x[i] * S::kLog2e + (S::kMagic - shifted[i]);
-      power[i] = x[i] * S::kPolynomial[kDegree] + S::kPolynomial[kDegree - 1];
+      power[i] = x[i] * kPolynomial[kDegree] + kPolynomial[kDegree - 1];
       scale[i] = bit_cast<Vec<A>>(bit_cast<typename S::Bits>(shifted[i]) << S::kMantissa);
     }
     CE_UNROLL for (int k = kDegree - 2; k >= 0; --k) {
-      CE_UNROLL for (int i = 0; i < kCount; ++i) { power[i] = power[i] * x[i] + S::kPolynomial[k]; }
+      CE_UNROLL for (int i = 0; i < kCount; ++i) { power[i] = power[i] * x[i] + kPolynomial[k]; }
     }
   }
 
@@ -240,12 +262,16 @@ CE_INLINE Vec<Acc<T>> from_bits(Bits<T> bits) {
   }
 }
 
+// With the bfloat16 in the upper halves. The NaNs that arithmetic makes have the highest bit of the mantissa set.
+CE_INLINE UInt32s round_to_bfloat16(Floats v) {
+  const UInt32s bits = bit_cast<UInt32s>(v);
+  return v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits;
+}
+
 template <typename T>
 CE_INLINE Bits<T> to_bits(Vec<Acc<T>> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const UInt32s wide = bit_cast<UInt32s>(v);
-    const UInt32s rounded = wide + 0x7fff + (wide >> 16 & 1);
-    return narrow((v == v ? rounded : wide | 0x400000) >> 16);
+    return narrow(round_to_bfloat16(v) >> 16);
   } else if constexpr (std::is_same_v<T, Float16>) {
 #if CE_VECTOR_BYTES == 64
     return (UInt16s)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -281,21 +307,53 @@ CE_INLINE void store(T* p, Vec<Acc<T>> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// A store that goes past the caches. `p` is aligned to what it stores.
+// Vectors that are best loaded and stored together: a run of kRun<T>. The lanes of two vectors of bfloat16 are the upper
+// and the lower halves of 32-bit words, so the run's elements are not in their order.
 template <typename T>
-CE_INLINE void store_streaming(T* p, Vec<Acc<T>> v) {
-#if CE_VECTOR_BYTES == 16
-  store(p, v);
-#else
-  const Bits<T> bits = to_bits<T>(v);
-  if constexpr (sizeof(bits) == 64) {
-    _mm512_stream_si512((__m512i*)p, bit_cast<__m512i>(bits));
-  } else if constexpr (sizeof(bits) == 32) {
-    _mm256_stream_si256((__m256i*)p, bit_cast<__m256i>(bits));
+constexpr int kRun = std::is_same_v<T, BFloat16> ? 2 : 1;
+
+template <typename T>
+CE_INLINE void load_run(const T* p, Vec<Acc<T>>* v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    UInt32s words;
+    __builtin_memcpy(&words, p, sizeof(words));
+    v[0] = bit_cast<Floats>(words << 16);
+    v[1] = bit_cast<Floats>(words & 0xffff0000);
   } else {
-    _mm_stream_si128((__m128i*)p, bit_cast<__m128i>(bits));
+    v[0] = load(p);
+  }
+}
+
+template <typename V>
+CE_INLINE void store_bits(void* p, V bits, bool streams) {
+#if CE_VECTOR_BYTES == 64
+  if (streams) {
+    if constexpr (sizeof(V) == 64) {
+      return _mm512_stream_si512((__m512i*)p, bit_cast<__m512i>(bits));
+    } else {
+      return _mm256_stream_si256((__m256i*)p, bit_cast<__m256i>(bits));
+    }
+  }
+#elif CE_VECTOR_BYTES == 32
+  if (streams) {
+    if constexpr (sizeof(V) == 32) {
+      return _mm256_stream_si256((__m256i*)p, bit_cast<__m256i>(bits));
+    } else {
+      return _mm_stream_si128((__m128i*)p, bit_cast<__m128i>(bits));
+    }
   }
 #endif
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// `streams`: past the caches, to where a run is aligned.
+template <typename T>
+CE_INLINE void store_run(T* p, const Vec<Acc<T>>* v, bool streams) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    store_bits(p, round_to_bfloat16(v[0]) >> 16 | (round_to_bfloat16(v[1]) & 0xffff0000), streams);
+  } else {
+    store_bits(p, to_bits<T>(v[0]), streams);
+  }
 }
 
 // Orders streaming stores before all that follows, as other stores are.

@@ -25,11 +25,27 @@ struct TileView {
   CE_INLINE void set(int64_t c, int count, Vec<Acc<T>> v) const {
     store(data + c * class_stride, lane_stride(), count, v);
   }
-  // The classes from c up to where a vector of elements is aligned in memory, at most `limit`.
-  CE_INLINE int64_t to_alignment(int64_t c, int64_t limit) const {
+  // The same of kCount vectors at once; kCount is 1 or kRun. In a `dense` run their lanes are in the run's own order.
+  template <int kCount>
+  CE_INLINE void get(int64_t c, int count, bool dense, Vec<Acc<T>>* v) const {
+    if (kCount == kRun<std::remove_const_t<T>> && kCount > 1 && dense) {
+      __builtin_prefetch(reinterpret_cast<const char*>(data + c) + 512);
+      return load_run(data + c, v);
+    }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) { v[i] = get(c + i * kLanes<Acc<T>>, count); }
+  }
+  template <int kCount>
+  CE_INLINE void set(int64_t c, int count, bool dense, bool streams, const Vec<Acc<T>>* v) const {
+    if (kCount == kRun<T> && dense) {
+      return store_run(data + c, v, streams);
+    }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) { set(c + i * kLanes<Acc<T>>, count, v[i]); }
+  }
+  // The first class from c on, at most `end`, where a run is aligned in memory.
+  CE_INLINE int64_t align(int64_t c, int64_t end) const {
     const auto address = reinterpret_cast<uintptr_t>(data + c);
-    const int64_t ahead = -(address / sizeof(T)) % kLanes<Acc<T>>;
-    return ahead < limit ? ahead : limit;
+    const int64_t aligned = c + -(address / sizeof(T)) % (kRun<T> * kLanes<Acc<T>>);
+    return aligned < end ? aligned : end;
   }
   CE_INLINE T& at(int lane, int64_t c) const { return data[lane * row_stride + c * class_stride]; }
 };
@@ -186,18 +202,20 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   // A group's vectors come from as many stripes of the piece: a core reads memory a third faster from eight pages at a
   // time than from one.
   int64_t c = begin;
+  constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
   const auto add_groups = [&](auto group) __attribute__((always_inline)) {
     constexpr int kGroup = decltype(group)::value;
-    const int64_t stripe = (end - c) / (kGroup * kStep) * kStep;
-    for (const int64_t last = c + stripe; c < last; c += kStep) {
+    constexpr int kStripes = kGroup / kVectors;
+    const int64_t stripe = (end - c) / (kGroup * kStep) * kVectors * kStep;
+    for (const int64_t last = c + stripe; c < last; c += kVectors * kStep) {
       Vec<A> x[kGroup];
-      CE_UNROLL for (int i = 0; i < kGroup; ++i) {
-        x[i] = logits.get(c + i * stripe, lanes);
+      CE_UNROLL for (int i = 0; i < kStripes; ++i) {
+        logits.template get<kVectors>(c + i * stripe, lanes, logits.class_stride == 1, x + i * kVectors);
       }
       state.template add<kLinear>(
           x, [&](int i) __attribute__((always_inline)) { return coefficients.get(c + i * stripe, lanes); });
     }
-    c += (kGroup - 1) * stripe;
+    c += (kStripes - 1) * stripe;
   };
   add_groups(std::integral_constant<int, 8>());
   add_groups(std::integral_constant<int, 4>());
@@ -271,53 +289,54 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     }
   }
   T target_grad[kLanes<A>];
-  store(target_grad, Row::element(exp<A>(load(target_logits) - top), load(target_coefficients), scale, upstream));
+  Vec<A> target_steps[] = {load(target_logits) - top};
+  store(target_grad, Row::element(Exp<A, 1, kElementDegree<T>>(target_steps).get(0), load(target_coefficients), scale,
+                                  upstream));
 
   typename Simd<A>::Mask kept;
   for (int lane = 0; lane < kLanes<A>; ++lane) {
     kept[lane] = kAlong || targets.kept[lane] ? -1 : 0;
   }
+  constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
+  constexpr int kGroup = 4;
   const int lanes = kAlong ? kLanes<A> : tile.rows;
-  // Writes a group of vectors from class c on.
-  const auto write = [&](auto group, int64_t c, int count, bool streams) __attribute__((always_inline)) {
-    constexpr int kGroup = decltype(group)::value;
-    Vec<A> x[kGroup];
-    CE_UNROLL for (int i = 0; i < kGroup; ++i) { x[i] = logits.get(c + i * kStep, count) - top; }
-    const Exp<A, kGroup> exps(x);
-    CE_UNROLL for (int i = 0; i < kGroup; ++i) {
-      const Vec<A> e = exps.get(i);
-      Vec<A> g = kLinear ? Row::element(e, coefficients.get(c + i * kStep, count), scale, upstream) : e * scale;
-      if (!kAlong) {
-        g = kept ? g : Vec<A>{};
-      }
-      if (streams) {
-        store_streaming(grad.data + c + i * kStep, g);
-      } else {
-        grad.set(c + i * kStep, count, g);
-      }
-    }
+  const bool dense = kAlong && logits.class_stride == 1 && grad.class_stride == 1;
+  const auto element = [&](Vec<A> e, int64_t c, int count) __attribute__((always_inline)) {
+    const Vec<A> g = kLinear ? Row::element(e, coefficients.get(c, count), scale, upstream) : e * scale;
+    return kAlong ? g : kept ? g : Vec<A>{};
   };
-  constexpr std::integral_constant<int, 4> kFour;
-  constexpr std::integral_constant<int, 1> kOne;
-  int64_t c = begin;
-  if (kAlong && grad.class_stride == 1) {
-    if (const int64_t head = grad.to_alignment(begin, end - begin)) {
-      write(kOne, c, head, false);
-      c += head;
-    }
-    if (p.streams_grad) {
-      for (; c + kFour * kStep <= end; c += kFour * kStep) {
-        write(kFour, c, lanes, true);
+  const auto write_groups = [&](int64_t c, bool streams) __attribute__((always_inline)) {
+    for (; c + kGroup * kStep <= end; c += kGroup * kStep) {
+      Vec<A> x[kGroup];
+      CE_UNROLL for (int i = 0; i < kGroup; i += kVectors) {
+        logits.template get<kVectors>(c + i * kStep, lanes, dense, x + i);
       }
+      CE_UNROLL for (int i = 0; i < kGroup; ++i) { x[i] -= top; }
+      const Exp<A, kGroup, kElementDegree<T>> exps(x);
+      CE_UNROLL for (int i = 0; i < kGroup; ++i) { x[i] = element(exps.get(i), c + i * kStep, lanes); }
+      CE_UNROLL for (int i = 0; i < kGroup; i += kVectors) {
+        grad.template set<kVectors>(c + i * kStep, lanes, dense, streams, x + i);
+      }
+    }
+    return c;
+  };
+  const auto write_singly = [&](int64_t c, int64_t last) __attribute__((always_inline)) {
+    for (; c < last; c += kStep) {
+      const int count = kAlong && last - c < kLanes<A> ? static_cast<int>(last - c) : lanes;
+      Vec<A> x[] = {logits.get(c, count) - top};
+      grad.set(c, count, element(Exp<A, 1, kElementDegree<T>>(x).get(0), c, count));
+    }
+    return last;
+  };
+  int64_t c = begin;
+  if (dense) {
+    c = write_singly(c, grad.align(c, end));
+    if (p.streams_grad && kVectors == kRun<T>) {
+      c = write_groups(c, true);
       finish_streaming();
     }
   }
-  for (; c + kFour * kStep <= end; c += kFour * kStep) {
-    write(kFour, c, lanes, false);
-  }
-  for (; c < end; c += kStep) {
-    write(kOne, c, kAlong && end - c < kLanes<A> ? static_cast<int>(end - c) : lanes, false);
-  }
+  write_singly(write_groups(c, false), end);
 
   for (int lane = 0; lane < tile.rows; ++lane) {
     const int64_t target = targets.index[lane];
