@@ -51,7 +51,9 @@ void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTen
                 "Expected floating point type for target with class probabilities, got ", target.scalar_type());
     TORCH_CHECK(ignore_index < 0, "ignore_index is not supported for floating point target");
   }
-  TORCH_CHECK(logits.dim() > 0, "Expected 1 or more dimensions (got 0)");
+  TORCH_CHECK_INDEX(logits.dim() > 0, probabilities
+                                          ? "Dimension specified as 1 but tensor has no dimensions"
+                                          : "Dimension out of range (expected to be in range of [-1, 0], but got 1)");
   const auto type = logits.scalar_type();
   TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
                               "\"cross_entropy\" not implemented for '", type, "'");

@@ -92,6 +92,9 @@ SAME = {
     "ignore_index 1, probabilities": ((R(2, 3), R(2, 3)), {"ignore_index": 1}),
     "ignore_index 0, probabilities": ((R(2, 3), R(2, 3)), {"ignore_index": 0}),
     # what arguments Python itself refuses
+    "no dimensions": ((R(()), R(())), {}),
+    "no dimensions, index": ((R(()), z(1)), {}),
+    "no dimensions, 0-d index": ((R(()), z()), {}),
     "no arguments": ((), {}),
     "no target": ((R(2, 3),), {}),
     "unknown argument": ((R(2, 3), z(2)), {"dim": 1}),
@@ -243,9 +246,7 @@ def test_bad_target_leaves_logits(shape, reduction, inplace, dtype):
     target = ok_then(10**6, *shape[:1], *shape[2:]) if len(shape) > 1 else torch.tensor(10**6)
     for smoothing in (0.0, 0.1):
         with pytest.raises(IndexError, match=r"^Target 1000000 is out of bounds\.$"):
-            cross_entropy.cross_entropy(
-                logits, target, reduction=reduction, label_smoothing=smoothing, inplace=inplace
-            )
+            cross_entropy.cross_entropy(logits, target, reduction=reduction, label_smoothing=smoothing, inplace=inplace)
     assert torch.equal(logits.detach(), before)
     # The graph is as it was before, too.
     logits.sum().backward()
@@ -261,17 +262,13 @@ def test_bad_call_leaves_logits_inplace(name):
     logits = arguments[0].clone().requires_grad_() * 1
     before = logits.detach().clone()
     expected = raised(F.cross_entropy, arguments, keywords)
-    actual = raised(
-        cross_entropy.cross_entropy, (logits, *arguments[1:]), {**keywords, "inplace": True}
-    )
+    actual = raised(cross_entropy.cross_entropy, (logits, *arguments[1:]), {**keywords, "inplace": True})
     assert type(actual) is type(expected)
     assert torch.equal(logits.detach(), before)
 
 
 LEGACY = [
-    {"size_average": average, "reduce": reduce}
-    for average in (None, False, True)
-    for reduce in (None, False, True)
+    {"size_average": average, "reduce": reduce} for average in (None, False, True) for reduce in (None, False, True)
 ] + [{"reduction": "elementwise_mean"}]
 
 
