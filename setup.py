@@ -2,12 +2,13 @@
 
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ImportError as error:
     sys.exit(
         "cross_entropy is compiled against the torch it will run with, and torch cannot be imported "
@@ -18,7 +19,10 @@ ROOT = Path(__file__).parent
 
 
 def extension() -> Extension:
-    compile_args = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"]
+    compile_args = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    # Other projects' headers are not ours to warn about.
+    for directory in [*include_paths(), sysconfig.get_path("include")]:
+        compile_args += ["-isystem", directory]
     link_args = ["-fopenmp"]
     if sanitizers := os.environ.get("CROSS_ENTROPY_SANITIZE"):
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-O1", "-g1"]

@@ -107,8 +107,9 @@ void ProblemBuilder::add_grad(const at::Tensor& grad, bool streams) {
 }
 
 Problem& ProblemBuilder::problem() {
-  operands_.push_back({problem_.row_strides, c10::DimVector(row_sizes_.size(), 1)});
+  operands_.push_back({problem_.row_strides, {}});
   auto& contiguous = operands_.back().rows;
+  contiguous.resize(row_sizes_.size(), 1);
   for (size_t d = row_sizes_.size(); d-- > 1;) {
     contiguous[d - 1] = contiguous[d] * row_sizes_[d];
   }

@@ -325,7 +325,7 @@ CE_INLINE void load_run(const T* p, Vec<Acc<T>>* v) {
 }
 
 template <typename V>
-CE_INLINE void store_bits(void* p, V bits, bool streams) {
+CE_INLINE void store_bits(void* p, V bits, [[maybe_unused]] bool streams) {
 #if CE_VECTOR_BYTES == 64
   if (streams) {
     if constexpr (sizeof(V) == 64) {
@@ -363,13 +363,10 @@ CE_INLINE void finish_streaming() {
 #endif
 }
 
-// One vector whose lane i is the element at p[i · stride], for i < count; the other lanes are 0.
+// One vector whose lane i is the element at p[i · stride], for i < count; the other lanes are 0. What is not a load or
+// store of adjacent elements is kept out of line: inlined everywhere it would be most of the code.
 template <typename T>
-CE_INLINE Vec<Acc<T>> load(const T* p, int64_t stride, int count) {
-  constexpr int kCount = kLanes<Acc<T>>;
-  if (__builtin_expect(stride == 1 && count == kCount, 1)) {
-    return load(p);
-  }
+__attribute__((noinline)) Vec<Acc<T>> load_some(const T* p, int64_t stride, int count) {
 #if CE_VECTOR_BYTES == 64
   if (stride == 1) {
     const unsigned lanes = (1u << count) - 1;
@@ -382,7 +379,7 @@ CE_INLINE Vec<Acc<T>> load(const T* p, int64_t stride, int count) {
     }
   }
 #endif
-  T lane[kCount] = {};
+  T lane[kLanes<Acc<T>>] = {};
   for (int i = 0; i < count; ++i) {
     lane[i] = p[i * stride];
   }
@@ -390,11 +387,12 @@ CE_INLINE Vec<Acc<T>> load(const T* p, int64_t stride, int count) {
 }
 
 template <typename T>
-CE_INLINE void store(T* p, int64_t stride, int count, Vec<Acc<T>> v) {
-  constexpr int kCount = kLanes<Acc<T>>;
-  if (__builtin_expect(stride == 1 && count == kCount, 1)) {
-    return store(p, v);
-  }
+CE_INLINE Vec<Acc<T>> load(const T* p, int64_t stride, int count) {
+  return __builtin_expect(stride == 1 && count == kLanes<Acc<T>>, 1) ? load(p) : load_some(p, stride, count);
+}
+
+template <typename T>
+__attribute__((noinline)) void store_some(T* p, int64_t stride, int count, Vec<Acc<T>> v) {
 #if CE_VECTOR_BYTES == 64
   if (stride == 1) {
     const unsigned lanes = (1u << count) - 1;
@@ -409,10 +407,19 @@ CE_INLINE void store(T* p, int64_t stride, int count, Vec<Acc<T>> v) {
     return;
   }
 #endif
-  T lane[kCount];
+  T lane[kLanes<Acc<T>>];
   store(lane, v);
   for (int i = 0; i < count; ++i) {
     p[i * stride] = lane[i];
+  }
+}
+
+template <typename T>
+CE_INLINE void store(T* p, int64_t stride, int count, Vec<Acc<T>> v) {
+  if (__builtin_expect(stride == 1 && count == kLanes<Acc<T>>, 1)) {
+    store(p, v);
+  } else {
+    store_some(p, stride, count, v);
   }
 }
 
