@@ -5,9 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
+SANITIZED := autograd cross_entropy errors large_gradients special_values
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check sanitize bench clean
 
 demo: $(VENV)/built
 	$(RUN) -m examples
@@ -22,6 +23,14 @@ check: $(VENV)/built
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+# The operator tests with the C++ under AddressSanitizer and UBSan, which have to be loaded before Python itself.
+RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(VENV)/built
+	CROSS_ENTROPY_SANITIZE=address,undefined $(RUN) setup.py -q build --build-lib build/sanitized \
+		--build-temp build/sanitized-objects
+	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized:. $(RUN) -m pytest \
+		-k "not no_operator" $(addprefix tests/test_,$(addsuffix .py,$(SANITIZED)))
 
 bench: $(VENV)/built
 	$(RUN) -m bench

@@ -25,7 +25,7 @@ def extension() -> Extension:
         compile_args += ["-isystem", directory]
     link_args = ["-fopenmp"]
     if sanitizers := os.environ.get("CROSS_ENTROPY_SANITIZE"):
-        compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-O1", "-g1"]
+        compile_args += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1", "-g1"]
         link_args += [f"-fsanitize={sanitizers}"]
     compile_args += os.environ.get("CROSS_ENTROPY_CXXFLAGS", "").split()
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))

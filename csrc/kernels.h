@@ -44,9 +44,9 @@ struct Problem {
   void* lse = nullptr;                 // (rows), acc: ln Σ exp(z), also of ignored rows
   void* total = nullptr;               // (), acc: Σ loss / divisor; needs `loss`
 
-  Input grad_loss;  // (rows), acc; 1 where null
-  Input grad_lse;   // (rows), acc; 0 where null
-  Output grad;      // (rows, classes); the forward pass writes it too if it is given
+  Input grad_loss;            // (rows), acc; 1 where null
+  Input grad_lse;             // (rows), acc; 0 where null
+  Output grad;                // (rows, classes); the forward pass writes it too if it is given
   bool streams_grad = false;  // whether to store it past the caches
 };
 

@@ -69,7 +69,9 @@ void free_large(LargeBlock block) {
 
 #else
 
-LargeBlock allocate_large(size_t) { return {}; }
+LargeBlock allocate_large(size_t) {
+  return {};
+}
 void free_large(LargeBlock) {}
 
 #endif

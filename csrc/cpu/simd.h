@@ -64,22 +64,19 @@ inline constexpr float kPower2<float, 5>[] = {1,
                                               0.00967151263995645515f,
                                               0.00132647271400720133f};  // 9.2e-8
 template <>
-inline constexpr float kPower2<float, 4>[] = {1,
-                                              0.693124193420718485f,
-                                              0.24024098611670646f,
-                                              0.05590642459141304f,
+inline constexpr float kPower2<float, 4>[] = {1, 0.693124193420718485f, 0.24024098611670646f, 0.05590642459141304f,
                                               0.00958285302904600233f};  // 2.8e-6
 template <>
-inline constexpr float kPower2<float, 3>[] = {1,
-                                              0.693282927111494055f,
-                                              0.242210959410183542f,
+inline constexpr float kPower2<float, 3>[] = {1, 0.693282927111494055f, 0.242210959410183542f,
                                               0.055008931160812809f};  // 1.0e-4
 
 // The degrees that leave less than a rounding error, of an accumulator or of an element.
 template <typename A>
 constexpr int kFullDegree = sizeof(A) == 8 ? 11 : 5;
 template <typename T>
-constexpr int kElementDegree = std::is_same_v<T, BFloat16> ? 3 : std::is_same_v<T, Float16> ? 4 : kFullDegree<T>;
+constexpr int kElementDegree = std::is_same_v<T, BFloat16>  ? 3
+                               : std::is_same_v<T, Float16> ? 4
+                                                            : kFullDegree<T>;
 
 template <typename A>
 using Vec = typename Simd<A>::Vec;
@@ -182,15 +179,21 @@ struct Exp {
     using S = Simd<A>;
     constexpr auto& kPolynomial = kPower2<A, kDegree>;
     Vec<A> shifted[kCount];
-    CE_UNROLL for (int i = 0; i < kCount; ++i) { x[i] = max(broadcast(S::kLowest), x[i]); }
-    CE_UNROLL for (int i = 0; i < kCount; ++i) { shifted[i] = x[i] * S::kLog2e + S::kMagic; }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      x[i] = max(broadcast(S::kLowest), x[i]);
+    }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      shifted[i] = x[i] * S::kLog2e + S::kMagic;
+    }
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
       x[i] = x[i] * S::kLog2e + (S::kMagic - shifted[i]);
       power[i] = x[i] * kPolynomial[kDegree] + kPolynomial[kDegree - 1];
       scale[i] = bit_cast<Vec<A>>(bit_cast<typename S::Bits>(shifted[i]) << S::kMantissa);
     }
     CE_UNROLL for (int k = kDegree - 2; k >= 0; --k) {
-      CE_UNROLL for (int i = 0; i < kCount; ++i) { power[i] = power[i] * x[i] + kPolynomial[k]; }
+      CE_UNROLL for (int i = 0; i < kCount; ++i) {
+        power[i] = power[i] * x[i] + kPolynomial[k];
+      }
     }
   }
 
@@ -307,8 +310,8 @@ CE_INLINE void store(T* p, Vec<Acc<T>> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// Vectors that are best loaded and stored together: a run of kRun<T>. The lanes of two vectors of bfloat16 are the upper
-// and the lower halves of 32-bit words, so the run's elements are not in their order.
+// Vectors that are best loaded and stored together: a run of kRun<T>. The lanes of two vectors of bfloat16 are the
+// upper and the lower halves of 32-bit words, so the run's elements are not in their order.
 template <typename T>
 constexpr int kRun = std::is_same_v<T, BFloat16> ? 2 : 1;
 

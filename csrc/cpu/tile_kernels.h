@@ -32,14 +32,18 @@ struct TileView {
       __builtin_prefetch(reinterpret_cast<const char*>(data + c) + 512);
       return load_run(data + c, v);
     }
-    CE_UNROLL for (int i = 0; i < kCount; ++i) { v[i] = get(c + i * kLanes<Acc<T>>, count); }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      v[i] = get(c + i * kLanes<Acc<T>>, count);
+    }
   }
   template <int kCount>
   CE_INLINE void set(int64_t c, int count, bool dense, bool streams, const Vec<Acc<T>>* v) const {
     if (kCount == kRun<T> && dense) {
       return store_run(data + c, v, streams);
     }
-    CE_UNROLL for (int i = 0; i < kCount; ++i) { set(c + i * kLanes<Acc<T>>, count, v[i]); }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      set(c + i * kLanes<Acc<T>>, count, v[i]);
+    }
   }
   // The first class from c on, at most `end`, where a run is aligned in memory.
   CE_INLINE int64_t align(int64_t c, int64_t end) const {
@@ -149,7 +153,9 @@ struct Accumulator {
         }
       }
       const Exp<A, kInterleaved> exps(steps);
-      CE_UNROLL for (int i = 0; i < kInterleaved; ++i) { group.exps += exps.get(i); }
+      CE_UNROLL for (int i = 0; i < kInterleaved; ++i) {
+        group.exps += exps.get(i);
+      }
     }
     block.add(group);
     if (++groups == kGroupsOfBlock) {
@@ -290,8 +296,8 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   }
   T target_grad[kLanes<A>];
   Vec<A> target_steps[] = {load(target_logits) - top};
-  store(target_grad, Row::element(Exp<A, 1, kElementDegree<T>>(target_steps).get(0), load(target_coefficients), scale,
-                                  upstream));
+  store(target_grad,
+        Row::element(Exp<A, 1, kElementDegree<T>>(target_steps).get(0), load(target_coefficients), scale, upstream));
 
   typename Simd<A>::Mask kept;
   for (int lane = 0; lane < kLanes<A>; ++lane) {
@@ -311,9 +317,13 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
       CE_UNROLL for (int i = 0; i < kGroup; i += kVectors) {
         logits.template get<kVectors>(c + i * kStep, lanes, dense, x + i);
       }
-      CE_UNROLL for (int i = 0; i < kGroup; ++i) { x[i] -= top; }
+      CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+        x[i] -= top;
+      }
       const Exp<A, kGroup, kElementDegree<T>> exps(x);
-      CE_UNROLL for (int i = 0; i < kGroup; ++i) { x[i] = element(exps.get(i), c + i * kStep, lanes); }
+      CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+        x[i] = element(exps.get(i), c + i * kStep, lanes);
+      }
       CE_UNROLL for (int i = 0; i < kGroup; i += kVectors) {
         grad.template set<kVectors>(c + i * kStep, lanes, dense, streams, x + i);
       }
