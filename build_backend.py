@@ -20,7 +20,8 @@ def _installed_torch() -> list[str]:
             "cross_entropy is compiled against the torch it will run with, and torch is not installed. "
             "Install torch >= 2.11 first."
         )
-    return [f"torch=={result.stdout.strip()}", "ninja"]
+    # Without "+cpu" and the like: builds of one version share their headers, and an index may not list them all.
+    return [f"torch=={result.stdout.strip().partition('+')[0]}", "ninja"]
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
