@@ -29,7 +29,6 @@ struct TileView {
   template <int kCount>
   CE_INLINE void get(int64_t c, int count, bool dense, Vec<Acc<T>>* v) const {
     if (kCount == kRun<std::remove_const_t<T>> && kCount > 1 && dense) {
-      __builtin_prefetch(reinterpret_cast<const char*>(data + c) + 512);
       return load_run(data + c, v);
     }
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
@@ -164,6 +163,8 @@ struct Accumulator {
   }
 };
 
+constexpr int kShort = 64;  // vectors that stay in the first cache
+
 // The maximum of a whole piece that is short, or of the first few vectors of a long one: a good first reference spares
 // most of the raises.
 template <typename T, bool kAlong>
@@ -171,7 +172,6 @@ CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int
   using A = Acc<T>;
   constexpr int kStep = kAlong ? kLanes<A> : 1;
   constexpr int kGroup = 4;
-  constexpr int kShort = 64;  // vectors, which stay in the first cache
   const int lanes = kAlong ? kLanes<A> : rows;
   if (end - begin < kGroup * kStep) {
     Vec<A> top = broadcast(A(-INFINITY));
@@ -209,6 +209,10 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   // time than from one.
   int64_t c = begin;
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
+  // What is prefetched is the next row while a short one is computed. In a long row the stripes make the processor do it,
+  // but for runs, of which there are too few stripes.
+  const bool is_short = end - begin <= kShort * kStep;
+  const int64_t ahead = is_short ? logits.row_stride : 512 / sizeof(T);
   const auto add_groups = [&](auto group) __attribute__((always_inline)) {
     constexpr int kGroup = decltype(group)::value;
     constexpr int kStripes = kGroup / kVectors;
@@ -216,6 +220,9 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
     for (const int64_t last = c + stripe; c < last; c += kVectors * kStep) {
       Vec<A> x[kGroup];
       CE_UNROLL for (int i = 0; i < kStripes; ++i) {
+        if (kAlong && (is_short || kVectors > 1)) {
+          __builtin_prefetch(logits.data + (c + i * stripe) * logits.class_stride + ahead);
+        }
         logits.template get<kVectors>(c + i * stripe, lanes, logits.class_stride == 1, x + i * kVectors);
       }
       state.template add<kLinear>(
