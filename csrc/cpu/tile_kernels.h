@@ -4,6 +4,16 @@
 
 namespace ce::cpu::CE_ISA {
 
+// Classes from one vector of a tile to the next.
+template <typename A, bool kAlong>
+constexpr int kClassStep = kAlong ? kLanes<A> : 1;
+
+// The lanes that exist in the vector at class c of a tile of `rows` rows.
+template <typename A, bool kAlong>
+CE_INLINE int lanes_at(int64_t c, int64_t end, int rows) {
+  return !kAlong ? rows : end - c < kLanes<A> ? static_cast<int>(end - c) : kLanes<A>;
+}
+
 // A tile of an operand of shape (rows, classes): vector c starts at class c, its lanes as many as exist.
 template <typename T, bool kAlong>
 struct TileView {
@@ -25,7 +35,7 @@ struct TileView {
   CE_INLINE void set(int64_t c, int count, Vec<Acc<T>> v) const {
     store(data + c * class_stride, lane_stride(), count, v);
   }
-  // The same of kCount vectors at once; kCount is 1 or kRun. In a `dense` run their lanes are in the run's own order.
+  // The same of kCount vectors, 1 or a run. Those of a run that is `dense` in memory have its own order of the lanes.
   template <int kCount>
   CE_INLINE void get(int64_t c, int count, bool dense, Vec<Acc<T>>* v) const {
     if (kCount == kRun<std::remove_const_t<T>> && kCount > 1 && dense) {
@@ -170,13 +180,13 @@ constexpr int kShort = 64;  // vectors that stay in the first cache
 template <typename T, bool kAlong>
 CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int64_t begin, int64_t end, int rows) {
   using A = Acc<T>;
-  constexpr int kStep = kAlong ? kLanes<A> : 1;
+  constexpr int kStep = kClassStep<A, kAlong>;
   constexpr int kGroup = 4;
   const int lanes = kAlong ? kLanes<A> : rows;
   if (end - begin < kGroup * kStep) {
     Vec<A> top = broadcast(A(-INFINITY));
     for (int64_t c = begin; c < end; c += kStep) {
-      const int count = kAlong && end - c < kLanes<A> ? static_cast<int>(end - c) : lanes;
+      const int count = lanes_at<A, kAlong>(c, end, rows);
       top = max(top, first_lanes<A>(count) ? logits.get(c, count) : top);
     }
     return top;
@@ -199,7 +209,7 @@ template <typename T, bool kAlong, bool kLinear>
 void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
                         RowState<double>* states) {
   using A = Acc<T>;
-  constexpr int kStep = kAlong ? kLanes<A> : 1;
+  constexpr int kStep = kClassStep<A, kAlong>;
   const TileView<const T, kAlong> logits(p, p.logits, tile);
   const Coefficients<T, kAlong> coefficients(p, tile);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
@@ -209,8 +219,8 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   // time than from one.
   int64_t c = begin;
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
-  // What is prefetched is the next row while a short one is computed. In a long row the stripes make the processor do it,
-  // but for runs, of which there are too few stripes.
+  // Prefetched is the next row while a short one is computed. In a long row the stripes make the processor do it, but
+  // for runs, of which there are too few stripes.
   const bool is_short = end - begin <= kShort * kStep;
   const int64_t ahead = is_short ? logits.row_stride : 512 / sizeof(T);
   const auto add_groups = [&](auto group) __attribute__((always_inline)) {
@@ -233,7 +243,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   add_groups(std::integral_constant<int, 8>());
   add_groups(std::integral_constant<int, 4>());
   for (; c < end; c += kStep) {
-    const int count = kAlong && end - c < kLanes<A> ? static_cast<int>(end - c) : lanes;
+    const int count = lanes_at<A, kAlong>(c, end, tile.rows);
     const auto valid = first_lanes<A>(count);
     Vec<A> x[1] = {valid ? logits.get(c, count) : broadcast(A(-INFINITY))};
     state.template add<false>(x, [](int) __attribute__((always_inline)) { return Vec<A>{}; });
@@ -283,7 +293,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
                       int64_t begin, int64_t end) {
   using A = Acc<T>;
   using Row = RowGradient<A>;
-  constexpr int kStep = kAlong ? kLanes<A> : 1;
+  constexpr int kStep = kClassStep<A, kAlong>;
   const TileView<const T, kAlong> logits(p, p.logits, tile);
   const TileView<T, kAlong> grad(p, p.grad, tile);
   const Coefficients<T, kAlong> coefficients(p, tile);
@@ -339,7 +349,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   };
   const auto write_singly = [&](int64_t c, int64_t last) __attribute__((always_inline)) {
     for (; c < last; c += kStep) {
-      const int count = kAlong && last - c < kLanes<A> ? static_cast<int>(last - c) : lanes;
+      const int count = lanes_at<A, kAlong>(c, last, tile.rows);
       Vec<A> x[] = {logits.get(c, count) - top};
       grad.set(c, count, element(Exp<A, 1, kElementDegree<T>>(x).get(0), c, count));
     }
@@ -369,7 +379,7 @@ void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>
   if (along && !targets.kept[0]) {
     const TileView<T, true> grad(p, p.grad, tile);
     for (int64_t c = begin; c < end; c += kLanes<Acc<T>>) {
-      grad.set(c, end - c < kLanes<Acc<T>> ? static_cast<int>(end - c) : kLanes<Acc<T>>, Vec<Acc<T>>{});
+      grad.set(c, lanes_at<Acc<T>, true>(c, end, 1), Vec<Acc<T>>{});
     }
     return;
   }
@@ -384,8 +394,8 @@ void sum_classes(const Problem& p, Tile tile, double* sums) {
   using A = Acc<T>;
   const Coefficients<T, kAlong> coefficients(p, tile);
   Vec<A> sum = {};
-  for (int64_t c = 0; c < p.classes; c += kAlong ? kLanes<A> : 1) {
-    const int count = !kAlong ? tile.rows : p.classes - c < kLanes<A> ? static_cast<int>(p.classes - c) : kLanes<A>;
+  for (int64_t c = 0; c < p.classes; c += kClassStep<A, kAlong>) {
+    const int count = lanes_at<A, kAlong>(c, p.classes, tile.rows);
     sum += first_lanes<A>(count) ? coefficients.get(c, count) : Vec<A>{};
   }
   for (int lane = 0; lane < tile.rows; ++lane) {
@@ -408,8 +418,8 @@ void target_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> log_sum = spread<A, kAlong>(rows.scale);
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream) * coefficients.smoothing.keep;
-  for (int64_t c = begin; c < end; c += kAlong ? kLanes<A> : 1) {
-    const int count = !kAlong ? tile.rows : end - c < kLanes<A> ? static_cast<int>(end - c) : kLanes<A>;
+  for (int64_t c = begin; c < end; c += kClassStep<A, kAlong>) {
+    const int count = lanes_at<A, kAlong>(c, end, tile.rows);
     grad.set(c, count, upstream * coefficients.weights(c, count) * (log_sum - (logits.get(c, count) - top)));
   }
 }
@@ -430,8 +440,8 @@ void weight_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> log_sum = spread<A, kAlong>(rows.scale);
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream);
-  for (int64_t c = begin; c < end; c += kAlong ? kLanes<A> : 1) {
-    const int count = !kAlong ? tile.rows : end - c < kLanes<A> ? static_cast<int>(end - c) : kLanes<A>;
+  for (int64_t c = begin; c < end; c += kClassStep<A, kAlong>) {
+    const int count = lanes_at<A, kAlong>(c, end, tile.rows);
     const Vec<A> terms = upstream * coefficients.get(c, count) * (log_sum - (logits.get(c, count) - top));
     for (int lane = 0; lane < count; ++lane) {
       sums[c - begin + (kAlong ? lane : 0)] += terms[lane];
