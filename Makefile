@@ -24,13 +24,14 @@ check: $(VENV)/built
 	$(RUN) -m mypy
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-# The operator tests with the C++ under AddressSanitizer and UBSan, which have to be loaded before Python itself.
+# The operator tests with the C++ under AddressSanitizer and UBSan, which have to be loaded before Python itself and
+# report to a standard error that pytest must not swallow.
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: $(VENV)/built
 	CROSS_ENTROPY_SANITIZE=address,undefined $(RUN) setup.py -q build --build-lib build/sanitized \
 		--build-temp build/sanitized-objects
 	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized:. $(RUN) -m pytest \
-		-k "not no_operator" $(addprefix tests/test_,$(addsuffix .py,$(SANITIZED)))
+		--capture=sys -k "not no_operator" $(addprefix tests/test_,$(addsuffix .py,$(SANITIZED)))
 
 bench: $(VENV)/built
 	$(RUN) -m bench

@@ -318,7 +318,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
 
   typename Simd<A>::Mask kept;
   for (int lane = 0; lane < kLanes<A>; ++lane) {
-    kept[lane] = kAlong || targets.kept[lane] ? -1 : 0;
+    kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
   }
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
   constexpr int kGroup = 4;
