@@ -22,7 +22,7 @@ TOLERANCE = {
 
 SHAPES = [
     (7,),  # one row without a batch
-    (33, 10),  # rows shorter than any vector
+    (33, 10),  # narrow rows, which are transposed, with a rest
     (5, 1),  # one class
     (3, 4, 20),  # lanes across rows, with a rest
     (2, 21, 4, 9),  # segmentation
@@ -105,8 +105,9 @@ def test_options_and_layouts(dtype, shape, layout):
         compare(logits, make_target(shape, kind, dtype), dtype, **options)
 
 
-# Every rest of a vector of 4 to 16 lanes and of a group of 8 vectors, and the edges of a piece of 16384 classes.
-TAILS = [*range(1, 40), *range(120, 146), 16383, 16384, 16385, 32769]
+# Every rest of a vector of 4 to 16 lanes and of a group of 8 vectors, the edge of narrow rows at 8 vectors, and those
+# of a piece of 16384 classes.
+TAILS = [*range(1, 40), 63, 64, 65, *range(120, 146), 16383, 16384, 16385, 32769]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,10 +115,11 @@ def test_tails(dtype):
     torch.manual_seed(0)
     for classes, options in itertools.product(TAILS, OPTIONS[:4]):
         kind, options = options["target"], {k: v for k, v in options.items() if k != "target"}
-        shape = (3, classes)
-        compare(torch.randn(shape).to(dtype), make_target(shape, kind, dtype), dtype, **options)
-        columns = torch.randn(classes, 19).to(dtype).t()  # lanes across 16 rows and a rest
-        compare(columns, make_target((19, classes), kind, dtype), dtype, **options)
+        few = torch.randn(3, classes).to(dtype)
+        rows = torch.randn(19, classes).to(dtype)  # narrow ones: lanes across 16 rows and a rest
+        columns = torch.randn(classes, 19).to(dtype).t()
+        for logits in (few, rows, columns):
+            compare(logits, make_target(logits.shape, kind, dtype), dtype, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])

@@ -426,4 +426,71 @@ CE_INLINE void store(T* p, int64_t stride, int count, Vec<Acc<T>> v) {
   }
 }
 
+// Lane i of `a`, lane i of `b`, lane i + 1 of `a` and so on, from lane kFirst on.
+template <typename A, int kFirst, int... kLane>
+CE_INLINE Vec<A> interleave(Vec<A> a, Vec<A> b, std::integer_sequence<int, kLane...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (kFirst + kLane / 2 + kLane % 2 * kLanes<A>)...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<A>::Mask{(kFirst + kLane / 2 + kLane % 2 * kLanes<A>)...});
+#endif
+}
+
+// Each round moves the highest bit of the vector's number to the lowest of the lane's, and the highest bit of the
+// lane's number to the lowest of the vector's; in the end they have changed places.
+template <typename A>
+CE_INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
+  constexpr int kHalf = kLanes<A> / 2;
+  constexpr std::make_integer_sequence<int, kLanes<A>> kAll;
+  CE_UNROLL for (int round = 1; round < kLanes<A>; round *= 2) {
+    Vec<A> turned[kLanes<A>];
+    CE_UNROLL for (int i = 0; i < kHalf; ++i) {
+      turned[2 * i] = interleave<A, 0>(v[i], v[i + kHalf], kAll);
+      turned[2 * i + 1] = interleave<A, kHalf>(v[i], v[i + kHalf], kAll);
+    }
+    CE_UNROLL for (int i = 0; i < kLanes<A>; ++i) {
+      v[i] = turned[i];
+    }
+  }
+}
+
+// Up to kLanes rows of `count` adjacent elements to `count` vectors whose lanes run across the rows, and back.
+// `columns` has room for whole blocks of kLanes; lanes without a row are 0. The next rows are prefetched: the processor
+// does not foresee them.
+template <typename T>
+__attribute__((noinline)) void transpose_in(const T* p, int64_t row_stride, int rows, int64_t count,
+                                            Vec<Acc<T>>* columns) {
+  using A = Acc<T>;
+  for (int64_t c = 0; c < count; c += kLanes<A>) {
+    const int lanes = count - c < kLanes<A> ? static_cast<int>(count - c) : kLanes<A>;
+    Vec<A> v[kLanes<A>];
+    CE_UNROLL for (int row = 0; row < kLanes<A>; ++row) {
+      v[row] = row < rows ? load(p + row * row_stride + c, 1, lanes) : Vec<A>{};
+      __builtin_prefetch(p + c + row_stride * (row + kLanes<A>));
+    }
+    transpose<A>(v);
+    CE_UNROLL for (int i = 0; i < kLanes<A>; ++i) {
+      columns[c + i] = v[i];
+    }
+  }
+}
+
+template <typename T>
+__attribute__((noinline)) void transpose_out(const Vec<Acc<T>>* columns, T* p, int64_t row_stride, int rows,
+                                             int64_t count) {
+  using A = Acc<T>;
+  for (int64_t c = 0; c < count; c += kLanes<A>) {
+    const int lanes = count - c < kLanes<A> ? static_cast<int>(count - c) : kLanes<A>;
+    Vec<A> v[kLanes<A>];
+    CE_UNROLL for (int i = 0; i < kLanes<A>; ++i) {
+      v[i] = columns[c + i];
+    }
+    transpose<A>(v);
+    for (int row = 0; row < rows; ++row) {
+      store(p + row * row_stride + c, 1, lanes, v[row]);
+      __builtin_prefetch(p + c + row_stride * (row + kLanes<A>), 1);
+    }
+  }
+}
+
 }  // namespace ce::cpu::CE_ISA

@@ -5,14 +5,12 @@ namespace {
 
 // Lanes across rows need about half a vector of neighbouring rows to be worth it.
 constexpr int64_t kWorthALine = 8;
-// So few classes that collecting them from several rows costs less than what each row costs by itself.
-constexpr int64_t kNarrow = 24;
 
 }  // namespace
 
 Tiling::Tiling(const Problem& p, int vector_lanes) {
   line = p.sizes[p.dims - 1];
-  along = line < kWorthALine || (p.logits.class_stride == 1 && p.classes > kNarrow);
+  along = line < kWorthALine || (p.logits.class_stride == 1 && p.classes > kNarrow * vector_lanes);
   lanes = along ? 1 : vector_lanes;
   tiles_per_line = (line + lanes - 1) / lanes;
   tiles = p.rows / line * tiles_per_line;

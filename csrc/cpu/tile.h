@@ -13,6 +13,8 @@ namespace ce::cpu {
 constexpr int kMaxLanes = 16;         // floats in the widest vector
 constexpr int64_t kPiece = 1 << 14;   // classes
 constexpr int64_t kSerial = 1 << 15;  // elements that are not worth a second thread
+// Rows of so few vectors are transposed, so that the lanes run across them: less work than a row costs by itself.
+constexpr int kNarrow = 8;
 
 // Rows next to each other on the last dimension of the grid.
 struct Tile {

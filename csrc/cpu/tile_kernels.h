@@ -14,26 +14,57 @@ CE_INLINE int lanes_at(int64_t c, int64_t end, int rows) {
   return !kAlong ? rows : end - c < kLanes<A> ? static_cast<int>(end - c) : kLanes<A>;
 }
 
-// A tile of an operand of shape (rows, classes): vector c starts at class c, its lanes as many as exist.
+// Whether the lanes run across rows that lie along the classes, which are transposed then. Reading what is next to
+// each other costs less than collecting every element for itself.
+template <typename A, bool kAlong, typename Pointer>
+CE_INLINE bool is_transposed(const Problem& p, const Operand<Pointer>& operand) {
+  return !kAlong && operand.class_stride == 1 && p.classes <= kNarrow * kLanes<A>;
+}
+// Room for that: a vector for each class.
+template <typename A, bool kAlong>
+using Columns = Vec<A>[kAlong ? 1 : kNarrow * kLanes<A>];
+
+// A tile of an operand of shape (rows, classes): vector c starts at class c, its lanes as many as exist. If the operand
+// is transposed, an input's columns are there from the beginning; what was set of an output is written by finish().
 template <typename T, bool kAlong>
 struct TileView {
+  using A = Acc<T>;
   T* data = nullptr;
   int64_t class_stride = 0;
   int64_t row_stride = 0;
+  Vec<A>* columns = nullptr;
 
   template <typename Pointer>
-  CE_INLINE TileView(const Problem& p, const Operand<Pointer>& operand, Tile tile) {
-    if (operand.data) {
-      data = static_cast<T*>(operand.data) + row_offset(p, tile.row, operand.strides);
-      class_stride = operand.class_stride;
-      row_stride = operand.strides[p.dims - 1];
+  CE_INLINE TileView(const Problem& p, const Operand<Pointer>& operand, Tile tile, Columns<A, kAlong>& room) {
+    if (!operand.data) {
+      return;
+    }
+    data = static_cast<T*>(operand.data) + row_offset(p, tile.row, operand.strides);
+    class_stride = operand.class_stride;
+    row_stride = operand.strides[p.dims - 1];
+    if (is_transposed<A, kAlong>(p, operand)) {
+      columns = room;
+      if constexpr (std::is_const_v<T>) {
+        transpose_in(data, row_stride, tile.rows, p.classes, room);
+      }
+    }
+  }
+  CE_INLINE void finish(const Problem& p, Tile tile) const {
+    if (!kAlong && columns) {
+      transpose_out(columns, data, row_stride, tile.rows, p.classes);
     }
   }
 
   CE_INLINE int64_t lane_stride() const { return kAlong ? class_stride : row_stride; }
-  CE_INLINE auto get(int64_t c, int count) const { return load(data + c * class_stride, lane_stride(), count); }
-  CE_INLINE void set(int64_t c, int count, Vec<Acc<T>> v) const {
-    store(data + c * class_stride, lane_stride(), count, v);
+  CE_INLINE Vec<A> get(int64_t c, int count) const {
+    return !kAlong && columns ? columns[c] : load(data + c * class_stride, lane_stride(), count);
+  }
+  CE_INLINE void set(int64_t c, int count, Vec<A> v) const {
+    if (!kAlong && columns) {
+      columns[c] = v;
+    } else {
+      store(data + c * class_stride, lane_stride(), count, v);
+    }
   }
   // The same of kCount vectors, 1 or a run. Those of a run that is `dense` in memory have its own order of the lanes.
   template <int kCount>
@@ -71,9 +102,9 @@ struct Coefficients {
   TileView<const T, kAlong> probabilities;
   Smoothing<A> smoothing;
 
-  CE_INLINE Coefficients(const Problem& p, Tile tile)
+  CE_INLINE Coefficients(const Problem& p, Tile tile, Columns<A, kAlong>& room)
       : weight(static_cast<const A*>(p.weight)),
-        probabilities(p, p.target_type == TargetType::kProbabilities ? p.target : Input(), tile),
+        probabilities(p, p.target_type == TargetType::kProbabilities ? p.target : Input(), tile, room),
         smoothing(smoothing_of<A>(p)) {}
 
   CE_INLINE Vec<A> weights(int64_t c, int count) const {
@@ -173,6 +204,20 @@ struct Accumulator {
   }
 };
 
+// Each row's logit at its target's index; 0 where that is not one of the classes [begin, end).
+template <typename T, bool kAlong>
+CE_INLINE Vec<Acc<T>> target_logits(const TileView<const T, kAlong>& logits, const TileTargets<Acc<T>>& targets,
+                                    int rows, int64_t begin, int64_t end) {
+  T at_target[kLanes<Acc<T>>] = {};
+  for (int lane = 0; lane < rows; ++lane) {
+    const int64_t target = targets.index[lane];
+    if (target >= begin && target < end) {
+      at_target[lane] = logits.at(lane, target);
+    }
+  }
+  return load(at_target);
+}
+
 constexpr int kShort = 64;  // vectors that stay in the first cache
 
 // The maximum of a whole piece that is short, or of the first few vectors of a long one: a good first reference spares
@@ -210,8 +255,9 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
                         RowState<double>* states) {
   using A = Acc<T>;
   constexpr int kStep = kClassStep<A, kAlong>;
-  const TileView<const T, kAlong> logits(p, p.logits, tile);
-  const Coefficients<T, kAlong> coefficients(p, tile);
+  Columns<A, kAlong> columns, probability_columns;
+  const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
+  const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
 
   Accumulator<A, kAlong> state(first_maximum<T, kAlong>(logits, begin, end, tile.rows));
@@ -256,6 +302,8 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   state.close_block();
   const Sums<A>& sums = state.piece;
 
+  A at_target[kLanes<A>];
+  store(at_target, target_logits(logits, targets, tile.rows, begin, end));
   for (int lane = 0; lane < tile.rows; ++lane) {
     RowState<double> row;
     row.exps.sum = kAlong ? reduce_sum<A>(sums.exps) : sums.exps[lane];
@@ -266,8 +314,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
     }
     const int64_t target = targets.index[lane];
     if (target >= begin && target < end) {
-      const T logit[kLanes<A>] = {logits.at(lane, target)};
-      row.add(targets.weight[lane] * coefficients.smoothing.keep, load(logit)[0]);
+      row.add(targets.weight[lane] * coefficients.smoothing.keep, at_target[lane]);
     }
     states[lane] = begin == 0 ? row : states[lane].merge(row);
   }
@@ -294,25 +341,21 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   using A = Acc<T>;
   using Row = RowGradient<A>;
   constexpr int kStep = kClassStep<A, kAlong>;
-  const TileView<const T, kAlong> logits(p, p.logits, tile);
-  const TileView<T, kAlong> grad(p, p.grad, tile);
-  const Coefficients<T, kAlong> coefficients(p, tile);
+  Columns<A, kAlong> columns, probability_columns;
+  const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
+  const TileView<T, kAlong> grad(p, p.grad, tile, columns);  // takes the place of the logits that have been used
+  const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> scale = spread<A, kAlong>(rows.scale);
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream);
 
   // The elements at the targets' indices, read before the gradient may overwrite the logits.
-  T target_logits[kLanes<A>] = {};
   A target_coefficients[kLanes<A>] = {};
   for (int lane = 0; lane < tile.rows; ++lane) {
-    const int64_t target = targets.index[lane];
-    if (target >= begin && target < end) {
-      target_logits[lane] = logits.at(lane, target);
-      target_coefficients[lane] = coefficients.smoothing.coefficient(targets.weight[lane], A(1));
-    }
+    target_coefficients[lane] = coefficients.smoothing.coefficient(targets.weight[lane], A(1));
   }
   T target_grad[kLanes<A>];
-  Vec<A> target_steps[] = {load(target_logits) - top};
+  Vec<A> target_steps[] = {target_logits(logits, targets, tile.rows, begin, end) - top};
   store(target_grad,
         Row::element(Exp<A, 1, kElementDegree<T>>(target_steps).get(0), load(target_coefficients), scale, upstream));
 
@@ -364,6 +407,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     }
   }
   write_singly(write_groups(c, false), end);
+  grad.finish(p, tile);
 
   for (int lane = 0; lane < tile.rows; ++lane) {
     const int64_t target = targets.index[lane];
@@ -377,7 +421,8 @@ template <typename T>
 void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets,
               const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end) {
   if (along && !targets.kept[0]) {
-    const TileView<T, true> grad(p, p.grad, tile);
+    Columns<Acc<T>, true> columns;
+    const TileView<T, true> grad(p, p.grad, tile, columns);
     for (int64_t c = begin; c < end; c += kLanes<Acc<T>>) {
       grad.set(c, lanes_at<Acc<T>, true>(c, end, 1), Vec<Acc<T>>{});
     }
@@ -392,7 +437,8 @@ void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>
 template <typename T, bool kAlong>
 void sum_classes(const Problem& p, Tile tile, double* sums) {
   using A = Acc<T>;
-  const Coefficients<T, kAlong> coefficients(p, tile);
+  Columns<A, kAlong> columns;
+  const Coefficients<T, kAlong> coefficients(p, tile, columns);
   Vec<A> sum = {};
   for (int64_t c = 0; c < p.classes; c += kClassStep<A, kAlong>) {
     const int count = lanes_at<A, kAlong>(c, p.classes, tile.rows);
@@ -412,9 +458,10 @@ template <typename T, bool kAlong>
 void target_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
                              int64_t end) {
   using A = Acc<T>;
-  const TileView<const T, kAlong> logits(p, p.logits, tile);
-  const TileView<T, kAlong> grad(p, p.grad, tile);
-  const Coefficients<T, kAlong> coefficients(p, tile);
+  Columns<A, kAlong> columns, probability_columns;
+  const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
+  const TileView<T, kAlong> grad(p, p.grad, tile, columns);
+  const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> log_sum = spread<A, kAlong>(rows.scale);
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream) * coefficients.smoothing.keep;
@@ -422,6 +469,7 @@ void target_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc
     const int count = lanes_at<A, kAlong>(c, end, tile.rows);
     grad.set(c, count, upstream * coefficients.weights(c, count) * (log_sum - (logits.get(c, count) - top)));
   }
+  grad.finish(p, tile);
 }
 
 template <typename T>
@@ -434,8 +482,9 @@ template <typename T, bool kAlong>
 void weight_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end,
                              double* sums) {
   using A = Acc<T>;
-  const TileView<const T, kAlong> logits(p, p.logits, tile);
-  Coefficients<T, kAlong> coefficients(p, tile);
+  Columns<A, kAlong> columns, probability_columns;
+  const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
+  Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   coefficients.weight = nullptr;
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> log_sum = spread<A, kAlong>(rows.scale);
