@@ -265,8 +265,8 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   // time than from one.
   int64_t c = begin;
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
-  // Prefetched is the next row while a short one is computed. In a long row the stripes make the processor do it, but
-  // for runs, of which there are too few stripes.
+  // Prefetched is the next row while a short one is computed, and what follows in a long one. In float16 a long row is
+  // bound by the conversions, and the prefetches would cost more than they bring.
   const bool is_short = end - begin <= kShort * kStep;
   const int64_t ahead = is_short ? logits.row_stride : 512 / sizeof(T);
   const auto add_groups = [&](auto group) __attribute__((always_inline)) {
@@ -276,7 +276,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
     for (const int64_t last = c + stripe; c < last; c += kVectors * kStep) {
       Vec<A> x[kGroup];
       CE_UNROLL for (int i = 0; i < kStripes; ++i) {
-        if (kAlong && (is_short || kVectors > 1)) {
+        if (kAlong && (is_short || !std::is_same_v<T, Float16>)) {
           __builtin_prefetch(logits.data + (c + i * stripe) * logits.class_stride + ahead);
         }
         logits.template get<kVectors>(c + i * stripe, lanes, logits.class_stride == 1, x + i * kVectors);
