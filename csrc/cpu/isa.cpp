@@ -42,4 +42,16 @@ const char* isa_name() {
   return kNames[static_cast<int>(isa())];
 }
 
+bool reads_in_stripes() {
+#if defined(__x86_64__)
+  static const bool is_intel = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("intel") != 0;
+  }();
+  return is_intel;
+#else
+  return false;
+#endif
+}
+
 }  // namespace ce::cpu

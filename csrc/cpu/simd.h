@@ -14,7 +14,6 @@ typedef int64_t Int64s __attribute__((vector_size(CE_VECTOR_BYTES)));
 typedef uint64_t UInt64s __attribute__((vector_size(CE_VECTOR_BYTES)));
 typedef uint16_t UInt16s __attribute__((vector_size(CE_VECTOR_BYTES / 2)));  // as many as a vector has floats
 
-// exp(x) = 2^n · 2^f with n = round(x · log2 e). Adding `magic` leaves n plus the exponent's bias in the low bits.
 template <typename A>
 struct Simd;
 
@@ -40,9 +39,39 @@ struct Simd<double> {
   static constexpr double kLowest = -709.0895657128241;  // −1023 ln 2
 };
 
-// The minimax polynomial of 2^f on [−½, ½] in relative error, held to 1 at 0, lowest degree first; with its error.
+// exp(x) = 2^n · 2^f with n + f = x · log2 e. AVX-512 splits this into n = floor(·) and f in [0, 1), the others into
+// n = round(·) and f in [−½, ½]. The polynomials of 2^f are minimax in relative error, held to 1 at 0, lowest degree
+// first; with their errors.
 template <typename A, int kDegree>
 constexpr A kPower2[] = {};
+#if CE_VECTOR_BYTES == 64
+template <>
+inline constexpr double kPower2<double, 11>[] = {1,
+                                                 0.693147180559945928,
+                                                 0.240226506959063303,
+                                                 0.0555041086656022352,
+                                                 0.00961812909955092706,
+                                                 0.00133335586295611045,
+                                                 0.000154035123097818945,
+                                                 0.00001525317505287072,
+                                                 1.32083673195262697e-6,
+                                                 1.02532122190936858e-7,
+                                                 6.55953019315030042e-9,
+                                                 6.26346462808862736e-10};  // 3.2e-18
+template <>
+inline constexpr float kPower2<float, 5>[] = {1,
+                                              0.693151311807522955f,
+                                              0.240164450136067553f,
+                                              0.055799913145968067f,
+                                              0.00901703028443674904f,
+                                              0.00186713008190700818f};  // 8.2e-8
+template <>
+inline constexpr float kPower2<float, 4>[] = {1, 0.693044844646050116f, 0.24128020730071405f, 0.0522424685269844215f,
+                                              0.0134266877340932664f};  // 2.9e-6
+template <>
+inline constexpr float kPower2<float, 3>[] = {1, 0.695116786445395685f, 0.22764499113539549f,
+                                              0.0770670420720698556f};  // 8.6e-5
+#else
 template <>
 inline constexpr double kPower2<double, 11>[] = {1,
                                                  0.693147180559945326,
@@ -69,6 +98,7 @@ inline constexpr float kPower2<float, 4>[] = {1, 0.693124193420718485f, 0.240240
 template <>
 inline constexpr float kPower2<float, 3>[] = {1, 0.693282927111494055f, 0.242210959410183542f,
                                               0.055008931160812809f};  // 1.0e-4
+#endif
 
 // The degrees that leave less than a rounding error, of an accumulator or of an element.
 template <typename A>
@@ -168,16 +198,43 @@ CE_INLINE A reduce_max(Vec<A> v) {
   return reduce<A, CE_VECTOR_BYTES>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// exp(x) as a product of two factors, for x ≤ 0; what would be a subnormal number is 0. The steps of several vectors
-// alternate: one vector's steps depend on each other, and a processor looks ahead at two or three vectors only.
+#if CE_VECTOR_BYTES == 64
+// x − floor(x), which is 0 for −inf.
+CE_INLINE Floats fraction(Floats x) {
+  return (Floats)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+CE_INLINE Doubles fraction(Doubles x) {
+  return (Doubles)_mm512_maskz_reduce_pd(0xff, (__m512d)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// x · 2^floor(n)
+CE_INLINE Floats scale_by_power2(Floats x, Floats n) {
+  return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)n);
+}
+CE_INLINE Doubles scale_by_power2(Doubles x, Doubles n) {
+  return (Doubles)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
+}
+#endif
+
+// exp(x) for x ≤ 0. The steps of several vectors alternate: one vector's steps depend on each other, and a processor
+// looks ahead at two or three vectors only.
 template <typename A, int kCount, int kDegree = kFullDegree<A>>
 struct Exp {
-  Vec<A> power[kCount];
-  Vec<A> scale[kCount];
+  Vec<A> power[kCount];     // 2^f
+  Vec<A> exponent[kCount];  // with n: n + f itself, or 2^n
 
   CE_INLINE explicit Exp(Vec<A> (&x)[kCount]) {
     using S = Simd<A>;
     constexpr auto& kPolynomial = kPower2<A, kDegree>;
+#if CE_VECTOR_BYTES == 64
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      exponent[i] = x[i] * S::kLog2e;
+    }
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      x[i] = fraction(exponent[i]);
+      power[i] = x[i] * kPolynomial[kDegree] + kPolynomial[kDegree - 1];
+    }
+#else
+    // Adding the magic number leaves n plus the exponent's bias in the low bits. What would be subnormal becomes 0.
     Vec<A> shifted[kCount];
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
       x[i] = max(broadcast(S::kLowest), x[i]);
@@ -188,8 +245,9 @@ struct Exp {
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
       x[i] = x[i] * S::kLog2e + (S::kMagic - shifted[i]);
       power[i] = x[i] * kPolynomial[kDegree] + kPolynomial[kDegree - 1];
-      scale[i] = bit_cast<Vec<A>>(bit_cast<typename S::Bits>(shifted[i]) << S::kMantissa);
+      exponent[i] = bit_cast<Vec<A>>(bit_cast<typename S::Bits>(shifted[i]) << S::kMantissa);
     }
+#endif
     CE_UNROLL for (int k = kDegree - 2; k >= 0; --k) {
       CE_UNROLL for (int i = 0; i < kCount; ++i) {
         power[i] = power[i] * x[i] + kPolynomial[k];
@@ -197,7 +255,11 @@ struct Exp {
     }
   }
 
-  CE_INLINE Vec<A> get(int i) const { return power[i] * scale[i]; }
+#if CE_VECTOR_BYTES == 64
+  CE_INLINE Vec<A> get(int i) const { return scale_by_power2(power[i], exponent[i]); }
+#else
+  CE_INLINE Vec<A> get(int i) const { return power[i] * exponent[i]; }
+#endif
 };
 
 template <typename A>

@@ -220,13 +220,13 @@ CE_INLINE Vec<Acc<T>> target_logits(const TileView<const T, kAlong>& logits, con
 
 constexpr int kShort = 64;  // vectors that stay in the first cache
 
-// The maximum of a whole piece that is short, or of the first few vectors of a long one: a good first reference spares
-// most of the raises.
+// The maximum of a piece's first vectors: a good first reference spares most of the raises.
 template <typename T, bool kAlong>
 CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int64_t begin, int64_t end, int rows) {
   using A = Acc<T>;
   constexpr int kStep = kClassStep<A, kAlong>;
   constexpr int kGroup = 4;
+  constexpr int kScanned = 16;
   const int lanes = kAlong ? kLanes<A> : rows;
   if (end - begin < kGroup * kStep) {
     Vec<A> top = broadcast(A(-INFINITY));
@@ -240,7 +240,7 @@ CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int
   CE_UNROLL for (int i = 0; i < kGroup; ++i) {
     top[i] = logits.get(begin + i * kStep, lanes);
   }
-  const int64_t last = (end - begin > kShort * kStep ? begin + kGroup * kStep : end) - kGroup * kStep;
+  const int64_t last = (end - begin > kScanned * kStep ? begin + kScanned * kStep : end) - kGroup * kStep;
   for (int64_t c = begin; c < last;) {
     c = last - c < kGroup * kStep ? last : c + kGroup * kStep;  // the last group overlaps the one before
     CE_UNROLL for (int i = 0; i < kGroup; ++i) {
@@ -261,42 +261,73 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   const int lanes = kAlong ? kLanes<A> : tile.rows;
 
   Accumulator<A, kAlong> state(first_maximum<T, kAlong>(logits, begin, end, tile.rows));
-  // A group's vectors come from as many stripes of the piece: a core reads memory a third faster from eight pages at a
-  // time than from one.
   int64_t c = begin;
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
   // Prefetched is the next row while a short one is computed, and what follows in a long one. In float16 a long row is
   // bound by the conversions, and the prefetches would cost more than they bring.
   const bool is_short = end - begin <= kShort * kStep;
   const int64_t ahead = is_short ? logits.row_stride : 512 / sizeof(T);
-  const auto add_groups = [&](auto group) __attribute__((always_inline)) {
+  // A striped group's vectors come from as many stripes of the piece.
+  const auto add_groups = [&](auto group, auto dense, auto striped) __attribute__((always_inline)) {
     constexpr int kGroup = decltype(group)::value;
-    constexpr int kStripes = kGroup / kVectors;
-    const int64_t stripe = (end - c) / (kGroup * kStep) * kVectors * kStep;
-    for (const int64_t last = c + stripe; c < last; c += kVectors * kStep) {
+    constexpr bool kDense = decltype(dense)::value;
+    constexpr int kRunStep = kVectors * kStep;
+    const int64_t groups = (end - c) / (kGroup * kStep);
+    const int64_t stripe = decltype(striped)::value ? groups * kRunStep : kRunStep;
+    const int64_t first = c;
+    for (int64_t g = 0; g < groups; ++g) {
+      c = first + g * (decltype(striped)::value ? kRunStep : kGroup * kStep);
       Vec<A> x[kGroup];
-      CE_UNROLL for (int i = 0; i < kStripes; ++i) {
-        if (kAlong && (is_short || !std::is_same_v<T, Float16>)) {
-          __builtin_prefetch(logits.data + (c + i * stripe) * logits.class_stride + ahead);
+      const T* const from = logits.data + c;
+      CE_UNROLL for (int i = 0; i < kGroup / kVectors; ++i) {
+        if (kDense && (is_short || !std::is_same_v<T, Float16>)) {
+          __builtin_prefetch(from + i * stripe + ahead);
         }
-        logits.template get<kVectors>(c + i * stripe, lanes, logits.class_stride == 1, x + i * kVectors);
+        if constexpr (!kDense) {
+          logits.template get<kVectors>(c + i * stripe, lanes, false, x + i * kVectors);
+        } else if constexpr (kVectors > 1) {
+          load_run(from + i * stripe, x + i * kVectors);
+        } else {
+          x[i] = load(from + i * stripe);
+        }
       }
       state.template add<kLinear>(
           x, [&](int i) __attribute__((always_inline)) { return coefficients.get(c + i * stripe, lanes); });
     }
-    c += (kStripes - 1) * stripe;
+    c = first + groups * kGroup * kStep;
   };
-  add_groups(std::integral_constant<int, 8>());
-  add_groups(std::integral_constant<int, 4>());
-  for (; c < end; c += kStep) {
-    const int count = lanes_at<A, kAlong>(c, end, tile.rows);
-    const auto valid = first_lanes<A>(count);
-    Vec<A> x[1] = {valid ? logits.get(c, count) : broadcast(A(-INFINITY))};
+  constexpr std::true_type kYes;
+  constexpr std::false_type kNo;
+  if (kAlong && logits.class_stride == 1) {
+    if (reads_in_stripes()) {
+      add_groups(std::integral_constant<int, 8>(), kYes, kYes);
+    } else {
+      add_groups(std::integral_constant<int, 8>(), kYes, kNo);
+    }
+    add_groups(std::integral_constant<int, 4>(), kYes, kNo);
+  } else {
+    add_groups(std::integral_constant<int, 4>(), kNo, kNo);
+  }
+  if (c < end) {
+    constexpr int kGroup = 4;
+    Vec<A> x[kGroup];
+    CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+      x[i] = broadcast(A(-INFINITY));
+      if (c + i * kStep < end) {
+        const int count = lanes_at<A, kAlong>(c + i * kStep, end, tile.rows);
+        const auto valid = first_lanes<A>(count);
+        x[i] = valid ? logits.get(c + i * kStep, count) : x[i];
+      }
+    }
     state.template add<false>(x, [](int) __attribute__((always_inline)) { return Vec<A>{}; });
     if (kLinear) {
-      const Vec<A> a = valid ? coefficients.get(c, count) : Vec<A>{};
-      state.block.linear += valid ? a * (x[0] - state.reference) : Vec<A>{};
-      state.block.coefficients += a;
+      for (int i = 0; c < end; c += kStep, ++i) {
+        const int count = lanes_at<A, kAlong>(c, end, tile.rows);
+        const auto valid = first_lanes<A>(count);
+        const Vec<A> a = valid ? coefficients.get(c, count) : Vec<A>{};
+        state.block.linear += valid ? a * (x[i] - state.reference) : Vec<A>{};
+        state.block.coefficients += a;
+      }
     }
   }
   state.close_block();
