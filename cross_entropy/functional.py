@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -86,7 +87,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     number = _Reduction.get_enum(reduction)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         operators = torch.ops.cross_entropy
         operator = operators.cross_entropy_ if inplace else operators.cross_entropy
         return operator(input, target, weight, number, ignore_index, label_smoothing)
@@ -124,7 +125,7 @@ def row_stats(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
-    if torch.compiler.is_compiling():
+    if is_compiling():
         operator = torch.ops.cross_entropy.row_stats
         return RowStats(*operator(logits, target, weight, ignore_index, label_smoothing))
     return RowStats(*_C.row_stats(logits, target, weight, ignore_index, label_smoothing))

@@ -55,25 +55,6 @@ class Divisor {
   float float_;
 };
 
-// A reduced loss in its dtype.
-Tensor scalar(double value, const Tensor& logits, ScalarType dtype) {
-  Tensor result = at::empty({}, logits.options().dtype(dtype));
-  switch (dtype) {
-    case at::kDouble:
-      *result.mutable_data_ptr<double>() = value;
-      break;
-    case at::kHalf:
-      *result.mutable_data_ptr<at::Half>() = static_cast<float>(value);
-      break;
-    case at::kBFloat16:
-      *result.mutable_data_ptr<at::BFloat16>() = static_cast<float>(value);
-      break;
-    default:
-      *result.mutable_data_ptr<float>() = static_cast<float>(value);
-  }
-  return result;
-}
-
 // The one way into the forward kernel: the loss in its dtype; the caller has asked `builder` for the other results.
 Tensor run_forward(ProblemBuilder& builder, const Tensor& logits, const Options& options) {
   const ScalarType dtype = loss_dtype(logits, options);
@@ -94,7 +75,7 @@ Tensor run_forward(ProblemBuilder& builder, const Tensor& logits, const Options&
     total_float = static_cast<float>(total_double);
   }
   if (reduces) {
-    return scalar(problem.dtype == DType::kFloat64 ? total_double : total_float, logits, dtype);
+    return make_scalar(problem.dtype == DType::kFloat64 ? total_double : total_float, logits.options().dtype(dtype));
   }
   return loss.to(dtype);
 }
@@ -234,9 +215,8 @@ Tensor weight_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const 
 }
 
 void scale__cpu(Tensor& grad, const Tensor& factor) {
-  const ScalarType acc = accumulator_of(grad.scalar_type());
-  const Tensor scalar = factor.to(acc);
   TORCH_CHECK(grad.is_non_overlapping_and_dense(), "scale_ expects a dense gradient");
+  const Tensor scalar = to_accumulator(factor, accumulator_of(grad.scalar_type()));
   cpu::scale(dtype_of(grad), grad.data_ptr(), grad.numel(), scalar.const_data_ptr());
 }
 

@@ -1,5 +1,6 @@
 #include "problem.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <c10/util/irange.h>
@@ -44,6 +45,23 @@ DType dtype_of(const at::Tensor& tensor) {
     default:
       return DType::kFloat32;
   }
+}
+
+at::Tensor make_scalar(double value, const at::TensorOptions& options) {
+  at::Tensor scalar = at::empty({}, options);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scalar.scalar_type(), "cross_entropy",
+                                  [&] { *scalar.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(value); });
+  return scalar;
+}
+
+at::Tensor to_accumulator(const at::Tensor& tensor, at::ScalarType accumulator) {
+  if (tensor.dim() > 0 || tensor.scalar_type() == accumulator) {
+    return tensor.to(accumulator);
+  }
+  double value = 0;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tensor.scalar_type(), "cross_entropy",
+                                  [&] { value = *tensor.const_data_ptr<scalar_t>(); });
+  return make_scalar(value, tensor.options().dtype(accumulator));
 }
 
 ProblemBuilder::ProblemBuilder(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
@@ -94,7 +112,7 @@ void ProblemBuilder::add_row_input(void* Problem::* input, const at::Tensor& row
 }
 
 void ProblemBuilder::add_upstream(Input Problem::* input, const at::Tensor& upstream) {
-  kept_.push_back(upstream.to(accumulator()));
+  kept_.push_back(to_accumulator(upstream, accumulator()));
   (problem_.*input).data = kept_.back().const_data_ptr();
   add_operand((problem_.*input).strides, kept_.back(), /*has_classes=*/false);
 }

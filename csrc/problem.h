@@ -15,6 +15,10 @@ inline at::ScalarType accumulator_of(at::ScalarType dtype) {
 
 DType dtype_of(const at::Tensor& tensor);
 
+// A scalar on the CPU, and a tensor in the accumulator's dtype. For a scalar both cost less than torch's operators do.
+at::Tensor make_scalar(double value, const at::TensorOptions& options);
+at::Tensor to_accumulator(const at::Tensor& tensor, at::ScalarType accumulator);
+
 // Builds the problem of one call, and keeps the tensors that it points to. The operands of shape (rows) or
 // (rows, classes) are added one by one; problem() then lays their rows out on one grid.
 class ProblemBuilder {

@@ -58,7 +58,7 @@ struct Backward {
                                                 row_value<A>(p, p.grad_lse, row, 0)));
         targets.kept[lane] |= p.grad_lse.data != nullptr;  // an ignored row has no loss, but a log-sum-exp
       }
-      kernels.gradient(p, tiling.along, tile, targets, gradient, begin, end);
+      kernels.gradient(p, tiling.along, tile, targets, gradient, begin, end, {});
     });
   }
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -15,6 +16,33 @@ void write_row(void* results, int64_t offset, double value) {
   }
 }
 
+// Exponentials to be kept of some tiles at a time; none where recomputing them costs less than the memory to pass
+// through. That is for the shape to tell alone, so that the bits do not depend on the number of threads.
+template <typename T>
+class KeptExps {
+ public:
+  using A = Acc<T>;
+
+  KeptExps(const Problem& p, const Tiling& tiling, int lanes, int64_t tiles) {
+    constexpr int64_t kMaxClasses = sizeof(T) < sizeof(A) ? 1 << 18 : 1 << 12;
+    if (p.grad.data && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 &&
+        p.classes <= kMaxClasses) {
+      references_ = p.classes;
+      size_ = references_ + p.classes / (kGroup * lanes) + 1;
+      memory_.reset(new A[tiles * size_]);
+    }
+  }
+
+  Exps<A> of(int64_t tile) const {
+    A* const values = memory_.get() + tile * size_;
+    return memory_ ? Exps<A>{values, values + references_} : Exps<A>();
+  }
+
+ private:
+  int64_t references_ = 0, size_ = 0;
+  std::unique_ptr<A[]> memory_;
+};
+
 template <typename T>
 struct Forward {
   using A = Acc<T>;
@@ -27,9 +55,16 @@ struct Forward {
   // A tile of ignored rows is read only for what does not depend on the targets.
   bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || p.lse; }
 
-  void accumulate(Tile tile, const TileTargets<A>& targets, int64_t piece, RowState<double>* states) const {
+  void accumulate(Tile tile, const TileTargets<A>& targets, int64_t piece, Exps<A> exps,
+                  RowState<double>* states) const {
     const int64_t begin = piece * kPiece;
-    kernels.accumulate(p, tiling.along, tile, targets, begin, std::min(p.classes, begin + kPiece), states);
+    kernels.accumulate(p, tiling.along, tile, targets, begin, std::min(p.classes, begin + kPiece), exps, states);
+  }
+
+  void write_gradient(Tile tile, const TileTargets<A>& targets, const TileGradient<A>& gradient, int64_t piece,
+                      Exps<A> exps) const {
+    const int64_t begin = piece * kPiece;
+    kernels.gradient(p, tiling.along, tile, targets, gradient, begin, std::min(p.classes, begin + kPiece), exps);
   }
 
   // Writes the rows' results and prepares their gradient.
@@ -57,6 +92,7 @@ struct Forward {
   void by_tile() const {
     at::parallel_for(0, tiling.tiles, tiling.grain(p, tiling.tiles), [&](int64_t begin, int64_t end) {
       RowState<double> states[kMaxLanes];
+      const KeptExps<T> kept(p, tiling, kernels.lanes, 1);
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = tiling.tile(i);
         const TileTargets<A> targets(p, tile);
@@ -64,37 +100,46 @@ struct Forward {
           std::fill(states, states + tile.rows, RowState<double>());
         } else {
           for (int64_t piece = 0; piece < tiling.pieces; ++piece) {
-            accumulate(tile, targets, piece, states);
+            accumulate(tile, targets, piece, kept.of(0), states);
           }
         }
         const TileGradient<A> gradient = finish(tile, targets, states);
-        if (p.grad.data) {
-          kernels.gradient(p, tiling.along, tile, targets, gradient, 0, p.classes);
+        for (int64_t piece = 0; p.grad.data && piece < tiling.pieces; ++piece) {
+          write_gradient(tile, targets, gradient, piece, kept.of(0));
         }
       }
     });
   }
 
-  // Few rows of many classes: the threads share the pieces of a row.
+  // Few rows of many classes: the threads share the pieces of a row, of some rows at a time.
   void by_piece() const {
-    const int64_t items = tiling.tiles * tiling.pieces;
+    constexpr int64_t kPiecesPerThread = 16;
+    const int64_t batch = kPiecesPerThread * at::get_num_threads() / tiling.pieces + 1;
+    const KeptExps<T> kept(p, tiling, kernels.lanes, std::min(batch, tiling.tiles));
+    for (int64_t begin = 0; begin < tiling.tiles; begin += batch) {
+      by_piece(begin, std::min(tiling.tiles, begin + batch), kept);
+    }
+  }
+
+  void by_piece(int64_t first, int64_t last, const KeptExps<T>& kept) const {
+    const int64_t items = (last - first) * tiling.pieces;
     std::vector<RowState<double>> states(items * kMaxLanes);
     const auto for_each_piece = [&](auto&& f) {
-      at::parallel_for(0, items, tiling.grain(p, items), [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, items, tiling.grain(p, tiling.tiles * tiling.pieces), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const Tile tile = tiling.tile(i / tiling.pieces);
+          const Tile tile = tiling.tile(first + i / tiling.pieces);
           f(i, tile, TileTargets<A>(p, tile), i % tiling.pieces);
         }
       });
     };
     for_each_piece([&](int64_t i, Tile tile, const TileTargets<A>& targets, int64_t piece) {
       if (is_read(targets)) {
-        accumulate(tile, targets, piece, &states[i * kMaxLanes]);
+        accumulate(tile, targets, piece, kept.of(i / tiling.pieces), &states[i * kMaxLanes]);
       }
     });
     std::vector<TileGradient<A>> gradients;
-    for (int64_t t = 0; t < tiling.tiles; ++t) {
-      const Tile tile = tiling.tile(t);
+    for (int64_t t = 0; t < last - first; ++t) {
+      const Tile tile = tiling.tile(first + t);
       RowState<double>* merged = &states[t * tiling.pieces * kMaxLanes];
       for (int64_t piece = 1; piece < tiling.pieces; ++piece) {
         for (int lane = 0; lane < tile.rows; ++lane) {
@@ -105,9 +150,8 @@ struct Forward {
     }
     if (p.grad.data) {
       for_each_piece([&](int64_t i, Tile tile, const TileTargets<A>& targets, int64_t piece) {
-        const int64_t begin = piece * kPiece;
-        kernels.gradient(p, tiling.along, tile, targets, gradients[i / tiling.pieces], begin,
-                         std::min(p.classes, begin + kPiece));
+        const int64_t t = i / tiling.pieces;
+        write_gradient(tile, targets, gradients[t], piece, kept.of(t));
       });
     }
   }

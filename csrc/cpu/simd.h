@@ -215,6 +215,17 @@ CE_INLINE Doubles scale_by_power2(Doubles x, Doubles n) {
 }
 #endif
 
+// Keeps a product from being fused with an addition.
+template <typename V>
+CE_INLINE V unfused(V product) {
+#if defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 // exp(x) for x ≤ 0. The steps of several vectors alternate: one vector's steps depend on each other, and a processor
 // looks ahead at two or three vectors only.
 template <typename A, int kCount, int kDegree = kFullDegree<A>>
@@ -258,7 +269,8 @@ struct Exp {
 #if CE_VECTOR_BYTES == 64
   CE_INLINE Vec<A> get(int i) const { return scale_by_power2(power[i], exponent[i]); }
 #else
-  CE_INLINE Vec<A> get(int i) const { return power[i] * exponent[i]; }
+  // A sum of these is to be the same whether the product is needed besides, or could be fused with the addition.
+  CE_INLINE Vec<A> get(int i) const { return unfused(power[i] * exponent[i]); }
 #endif
 };
 

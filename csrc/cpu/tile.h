@@ -13,6 +13,7 @@ namespace ce::cpu {
 constexpr int kMaxLanes = 16;         // floats in the widest vector
 constexpr int64_t kPiece = 1 << 14;   // classes
 constexpr int64_t kSerial = 1 << 15;  // elements that are not worth a second thread
+constexpr int kGroup = 8;             // vectors that are taken together
 // Rows of so few vectors are transposed, so that the lanes run across them: less work than a row costs by itself.
 constexpr int kNarrow = 8;
 
@@ -77,6 +78,13 @@ struct TileGradient {
   }
 };
 
+// The exponentials of a row that the forward pass keeps for the gradient, relative to the reference of their group.
+template <typename A>
+struct Exps {
+  A* values = nullptr;      // (classes)
+  A* references = nullptr;  // (groups)
+};
+
 template <typename A>
 inline Smoothing<A> smoothing_of(const Problem& p) {
   return make_smoothing<A>(p.label_smoothing, p.classes);
@@ -105,12 +113,12 @@ template <typename T>
 struct TileKernels {
   using A = Acc<T>;
   int lanes;  // of a vector
-  // Merges into states[lane] what the classes add to the state of each row.
-  void (*accumulate)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end,
+  // Merges into states[lane] what the classes add to the state of each row. Fills `exps` if it is not null.
+  void (*accumulate)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end, Exps<A> exps,
                      RowState<double>* states);
-  // The gradient of the logits.
+  // The gradient of the logits, from `exps` if it is not null.
   void (*gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileGradient<A>&, int64_t begin,
-                   int64_t end);
+                   int64_t end, Exps<A> exps);
   // The sum of each row's coefficients, without a look at the logits.
   void (*sum_coefficients)(const Problem&, bool along, Tile, double* sums);
   // upstream · (1 − ε) · w_c · (lse − z_c), the gradient of the probabilities. `scale` holds ln Σ exp(z − max).

@@ -170,9 +170,9 @@ struct Accumulator {
     reference = raised;
   }
 
-  // Adds a group of vectors. Vector i of their coefficients is coefficient(i).
-  template <bool kLinear, int kCount, typename Coefficient>
-  CE_INLINE void add(const Vec<A> (&x)[kCount], Coefficient&& coefficient) {
+  // Adds a group of vectors. Vector i of their coefficients is coefficient(i); use(i, e) gets e^(x[i] − reference).
+  template <bool kLinear, int kCount, typename Coefficient, typename Use>
+  CE_INLINE void add(const Vec<A> (&x)[kCount], Coefficient&& coefficient, Use&& use) {
     Vec<A> top = x[0];
     CE_UNROLL for (int i = 1; i < kCount; ++i) {
       top = max(top, x[i]);
@@ -194,7 +194,9 @@ struct Accumulator {
       }
       const Exp<A, kInterleaved> exps(steps);
       CE_UNROLL for (int i = 0; i < kInterleaved; ++i) {
-        group.exps += exps.get(i);
+        const Vec<A> e = exps.get(i);
+        group.exps += e;
+        use(first + i, e);
       }
     }
     block.add(group);
@@ -252,7 +254,7 @@ CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int
 
 template <typename T, bool kAlong, bool kLinear>
 void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
-                        RowState<double>* states) {
+                        Exps<Acc<T>> kept, RowState<double>* states) {
   using A = Acc<T>;
   constexpr int kStep = kClassStep<A, kAlong>;
   Columns<A, kAlong> columns, probability_columns;
@@ -263,27 +265,24 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   Accumulator<A, kAlong> state(first_maximum<T, kAlong>(logits, begin, end, tile.rows));
   int64_t c = begin;
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
-  // Prefetched is the next row while a short one is computed, and what follows in a long one. In float16 a long row is
-  // bound by the conversions, and the prefetches would cost more than they bring.
+  // Prefetched is the next row while a short one is computed, and what follows in a long one.
   const bool is_short = end - begin <= kShort * kStep;
   const int64_t ahead = is_short ? logits.row_stride : 512 / sizeof(T);
-  // A striped group's vectors come from as many stripes of the piece.
-  const auto add_groups = [&](auto group, auto dense, auto striped) __attribute__((always_inline)) {
-    constexpr int kGroup = decltype(group)::value;
-    constexpr bool kDense = decltype(dense)::value;
+  const auto add_groups = [&](auto group, auto dense, auto striped, auto keeps) __attribute__((always_inline)) {
+    constexpr int kSize = decltype(group)::value;
     constexpr int kRunStep = kVectors * kStep;
-    const int64_t groups = (end - c) / (kGroup * kStep);
-    const int64_t stripe = decltype(striped)::value ? groups * kRunStep : kRunStep;
+    const int64_t groups = (end - c) / (kSize * kStep);
+    const int64_t stripe = striped ? groups * kRunStep : kRunStep;
     const int64_t first = c;
     for (int64_t g = 0; g < groups; ++g) {
-      c = first + g * (decltype(striped)::value ? kRunStep : kGroup * kStep);
-      Vec<A> x[kGroup];
+      c = first + g * (striped ? kRunStep : kSize * kStep);
+      Vec<A> x[kSize];
       const T* const from = logits.data + c;
-      CE_UNROLL for (int i = 0; i < kGroup / kVectors; ++i) {
-        if (kDense && (is_short || !std::is_same_v<T, Float16>)) {
+      CE_UNROLL for (int i = 0; i < kSize / kVectors; ++i) {
+        if (dense) {
           __builtin_prefetch(from + i * stripe + ahead);
         }
-        if constexpr (!kDense) {
+        if constexpr (!decltype(dense)::value) {
           logits.template get<kVectors>(c + i * stripe, lanes, false, x + i * kVectors);
         } else if constexpr (kVectors > 1) {
           load_run(from + i * stripe, x + i * kVectors);
@@ -292,42 +291,52 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
         }
       }
       state.template add<kLinear>(
-          x, [&](int i) __attribute__((always_inline)) { return coefficients.get(c + i * stripe, lanes); });
+          x, [&](int i) __attribute__((always_inline)) { return coefficients.get(c + i * stripe, lanes); },
+          [&](int i, Vec<A> e) __attribute__((always_inline)) {
+            if (keeps) {
+              store(kept.values + c + i / kVectors * stripe + i % kVectors * kStep, e);
+            }
+          });
+      if (keeps) {
+        kept.references[begin / (kSize * kStep) + g] = state.reference[0];
+      }
     }
-    c = first + groups * kGroup * kStep;
+    c = first + groups * kSize * kStep;
   };
-  constexpr std::true_type kYes;
-  constexpr std::false_type kNo;
+  constexpr std::integral_constant<int, kGroup> kEight;
+  constexpr std::integral_constant<int, 4> kFour;
+  constexpr std::true_type kDense, kStriped, kKept;
+  constexpr std::false_type kNot;
   if (kAlong && logits.class_stride == 1) {
-    if (reads_in_stripes()) {
-      add_groups(std::integral_constant<int, 8>(), kYes, kYes);
+    if (kept.values) {
+      reads_in_stripes() ? add_groups(kEight, kDense, kStriped, kKept) : add_groups(kEight, kDense, kNot, kKept);
     } else {
-      add_groups(std::integral_constant<int, 8>(), kYes, kNo);
+      reads_in_stripes() ? add_groups(kEight, kDense, kStriped, kNot) : add_groups(kEight, kDense, kNot, kNot);
     }
-    add_groups(std::integral_constant<int, 4>(), kYes, kNo);
+    add_groups(kFour, kDense, kNot, kNot);
   } else {
-    add_groups(std::integral_constant<int, 4>(), kNo, kNo);
+    add_groups(kFour, kNot, kNot, kNot);
   }
-  if (c < end) {
-    constexpr int kGroup = 4;
-    Vec<A> x[kGroup];
-    CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+  if (c < end) {  // less than four vectors, the last not full
+    constexpr int kSize = 4;
+    Vec<A> x[kSize];
+    CE_UNROLL for (int i = 0; i < kSize; ++i) {
+      const int64_t at = c + i * kStep;
       x[i] = broadcast(A(-INFINITY));
-      if (c + i * kStep < end) {
-        const int count = lanes_at<A, kAlong>(c + i * kStep, end, tile.rows);
-        const auto valid = first_lanes<A>(count);
-        x[i] = valid ? logits.get(c + i * kStep, count) : x[i];
+      if (at < end) {
+        const int count = lanes_at<A, kAlong>(at, end, tile.rows);
+        x[i] = first_lanes<A>(count) ? logits.get(at, count) : x[i];
       }
     }
-    state.template add<false>(x, [](int) __attribute__((always_inline)) { return Vec<A>{}; });
-    if (kLinear) {
-      for (int i = 0; c < end; c += kStep, ++i) {
-        const int count = lanes_at<A, kAlong>(c, end, tile.rows);
-        const auto valid = first_lanes<A>(count);
-        const Vec<A> a = valid ? coefficients.get(c, count) : Vec<A>{};
-        state.block.linear += valid ? a * (x[i] - state.reference) : Vec<A>{};
-        state.block.coefficients += a;
-      }
+    state.template add<false>(
+        x, [](int) __attribute__((always_inline)) { return Vec<A>{}; },
+        [](int, Vec<A>) __attribute__((always_inline)) {});
+    for (int i = 0; kLinear && c + i * kStep < end; ++i) {
+      const int count = lanes_at<A, kAlong>(c + i * kStep, end, tile.rows);
+      const auto valid = first_lanes<A>(count);
+      const Vec<A> a = valid ? coefficients.get(c + i * kStep, count) : Vec<A>{};
+      state.block.linear += valid ? a * (x[i] - state.reference) : Vec<A>{};
+      state.block.coefficients += a;
     }
   }
   state.close_block();
@@ -353,11 +362,11 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
 
 template <typename T>
 void accumulate(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
-                RowState<double>* states) {
+                Exps<Acc<T>> exps, RowState<double>* states) {
   const auto kernel =
       along ? (has_coefficients(p) ? accumulate_classes<T, true, true> : accumulate_classes<T, true, false>)
             : (has_coefficients(p) ? accumulate_classes<T, false, true> : accumulate_classes<T, false, false>);
-  kernel(p, tile, targets, begin, end, states);
+  kernel(p, tile, targets, begin, end, exps, states);
 }
 
 // The per-row values of a tile as vectors: the one row's in every lane, or each lane its row's.
@@ -368,7 +377,7 @@ CE_INLINE Vec<A> spread(const A (&rows)[kMaxLanes]) {
 
 template <typename T, bool kAlong, bool kLinear>
 void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, const TileGradient<Acc<T>>& rows,
-                      int64_t begin, int64_t end) {
+                      int64_t begin, int64_t end, Exps<Acc<T>> kept_exps) {
   using A = Acc<T>;
   using Row = RowGradient<A>;
   constexpr int kStep = kClassStep<A, kAlong>;
@@ -395,7 +404,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
   }
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
-  constexpr int kGroup = 4;
+  constexpr int kSize = 4;
   const int lanes = kAlong ? kLanes<A> : tile.rows;
   const bool dense = kAlong && logits.class_stride == 1 && grad.class_stride == 1;
   const auto element = [&](Vec<A> e, int64_t c, int count) __attribute__((always_inline)) {
@@ -403,19 +412,19 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     return kAlong ? g : kept ? g : Vec<A>{};
   };
   const auto write_groups = [&](int64_t c, bool streams) __attribute__((always_inline)) {
-    for (; c + kGroup * kStep <= end; c += kGroup * kStep) {
-      Vec<A> x[kGroup];
-      CE_UNROLL for (int i = 0; i < kGroup; i += kVectors) {
+    for (; c + kSize * kStep <= end; c += kSize * kStep) {
+      Vec<A> x[kSize];
+      CE_UNROLL for (int i = 0; i < kSize; i += kVectors) {
         logits.template get<kVectors>(c + i * kStep, lanes, dense, x + i);
       }
-      CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+      CE_UNROLL for (int i = 0; i < kSize; ++i) {
         x[i] -= top;
       }
-      const Exp<A, kGroup, kElementDegree<T>> exps(x);
-      CE_UNROLL for (int i = 0; i < kGroup; ++i) {
+      const Exp<A, kSize, kElementDegree<T>> exps(x);
+      CE_UNROLL for (int i = 0; i < kSize; ++i) {
         x[i] = element(exps.get(i), c + i * kStep, lanes);
       }
-      CE_UNROLL for (int i = 0; i < kGroup; i += kVectors) {
+      CE_UNROLL for (int i = 0; i < kSize; i += kVectors) {
         grad.template set<kVectors>(c + i * kStep, lanes, dense, streams, x + i);
       }
     }
@@ -429,8 +438,41 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     }
     return last;
   };
+  // From the exponentials that the forward pass has kept, in its groups. Meanwhile the next row's start is fetched.
+  const auto write_kept = [&](auto striped) __attribute__((always_inline)) {
+    const int64_t groups = (end - begin) / (kGroup * kStep);
+    A* const factors = kept_exps.references + begin / (kGroup * kStep);
+    for (int64_t g = 0; g < groups; g += kLanes<A>) {
+      const int count = lanes_at<A, true>(g, groups, 1);
+      store(factors + g, 1, count, exp<A>(load(factors + g, 1, count) - top) * scale);
+    }
+    const bool streams = p.streams_grad && kVectors == kRun<T> && grad.align(begin, end) == begin;
+    constexpr int kTogether = decltype(striped)::value ? kVectors : kGroup;
+    constexpr int64_t kFetched = (128 << 10) / sizeof(T);
+    int64_t c = begin;
+    for (int stripe = 0; stripe < kGroup / kTogether; ++stripe) {
+      for (int64_t g = 0; g < groups; ++g, c += kTogether * kStep) {
+        const Vec<A> factor = broadcast(factors[g]);
+        Vec<A> x[kTogether];
+        CE_UNROLL for (int i = 0; i < kTogether; ++i) {
+          const Vec<A> e = load(kept_exps.values + c + i * kStep);
+          x[i] = kLinear ? Row::element(e, coefficients.get(c + i * kStep, lanes), factor, upstream) : e * factor;
+        }
+        CE_UNROLL for (int i = 0; i < kTogether; i += kVectors) {
+          if (c < kFetched) {
+            __builtin_prefetch(logits.data + logits.row_stride + c + i * kStep, 0, 2);
+          }
+          grad.template set<kVectors>(c + i * kStep, lanes, true, streams, x + i);
+        }
+      }
+    }
+    finish_streaming();
+    return c;
+  };
   int64_t c = begin;
-  if (dense) {
+  if (kAlong && kept_exps.values) {
+    c = reads_in_stripes() ? write_kept(std::true_type()) : write_kept(std::false_type());
+  } else if (dense) {
     c = write_singly(c, grad.align(c, end));
     if (p.streams_grad && kVectors == kRun<T>) {
       c = write_groups(c, true);
@@ -450,7 +492,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
 
 template <typename T>
 void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets,
-              const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end) {
+              const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end, Exps<Acc<T>> exps) {
   if (along && !targets.kept[0]) {
     Columns<Acc<T>, true> columns;
     const TileView<T, true> grad(p, p.grad, tile, columns);
@@ -462,7 +504,7 @@ void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>
   const auto kernel =
       along ? (has_coefficients(p) ? gradient_classes<T, true, true> : gradient_classes<T, true, false>)
             : (has_coefficients(p) ? gradient_classes<T, false, true> : gradient_classes<T, false, false>);
-  kernel(p, tile, targets, rows, begin, end);
+  kernel(p, tile, targets, rows, begin, end, exps);
 }
 
 template <typename T, bool kAlong>
