@@ -25,7 +25,7 @@ struct Simd<float> {
   static constexpr int kMantissa = 23;
   static constexpr float kMagic = 0x1.8p23f + 127;
   static constexpr float kLog2e = 1.44269504088896341f;
-  static constexpr float kLowest = -88.02969193f;  // −127 ln 2: rounds to 2^−127, whose bits are those of 0
+  static constexpr float kFarthest = 88.02969193f;  // 127 ln 2: rounds to 2^−127, whose bits are those of 0
 };
 
 template <>
@@ -36,10 +36,10 @@ struct Simd<double> {
   static constexpr int kMantissa = 52;
   static constexpr double kMagic = 0x1.8p52 + 1023;
   static constexpr double kLog2e = 1.44269504088896341;
-  static constexpr double kLowest = -709.0895657128241;  // −1023 ln 2
+  static constexpr double kFarthest = 709.0895657128241;  // 1023 ln 2
 };
 
-// exp(x) = 2^n · 2^f with n + f = x · log2 e. AVX-512 splits this into n = floor(·) and f in [0, 1), the others into
+// exp(−d) = 2^n · 2^f with n + f = −d · log2 e. AVX-512 splits this into n = floor(·) and f in [0, 1), the others into
 // n = round(·) and f in [−½, ½]. The polynomials of 2^f are minimax in relative error, held to 1 at 0, lowest degree
 // first; with their errors.
 template <typename A, int kDegree>
@@ -147,25 +147,40 @@ CE_INLINE Doubles max(Doubles a, Doubles b) {
 #endif
 }
 
-CE_INLINE bool any_greater(Floats a, Floats b) {
-#if CE_VECTOR_BYTES == 64
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
-#elif CE_VECTOR_BYTES == 32
-  return _mm256_movemask_ps((__m256)(a > b)) != 0;
+#if CE_VECTOR_BYTES < 64
+CE_INLINE Floats min(Floats a, Floats b) {
+#if CE_VECTOR_BYTES == 32
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
 #else
-  const auto halves = bit_cast<Int64s>(a > b);
-  return (halves[0] | halves[1]) != 0;
+  return a < b ? a : b;
 #endif
 }
-
-CE_INLINE bool any_greater(Doubles a, Doubles b) {
-#if CE_VECTOR_BYTES == 64
-  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
-#elif CE_VECTOR_BYTES == 32
-  return _mm256_movemask_pd((__m256d)(a > b)) != 0;
+CE_INLINE Doubles min(Doubles a, Doubles b) {
+#if CE_VECTOR_BYTES == 32
+  return (Doubles)_mm256_min_pd((__m256d)a, (__m256d)b);
 #else
-  const Int64s mask = a > b;
-  return (mask[0] | mask[1]) != 0;
+  return a < b ? a : b;
+#endif
+}
+#endif
+
+CE_INLINE bool any_negative(Int32s v) {
+#if CE_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)v) != 0;
+#elif CE_VECTOR_BYTES == 32
+  return _mm256_movemask_ps((__m256)v) != 0;
+#else
+  const auto halves = bit_cast<UInt64s>(v);
+  return ((halves[0] | halves[1]) & 0x8000000080000000) != 0;
+#endif
+}
+CE_INLINE bool any_negative(Int64s v) {
+#if CE_VECTOR_BYTES == 64
+  return _mm512_movepi64_mask((__m512i)v) != 0;
+#elif CE_VECTOR_BYTES == 32
+  return _mm256_movemask_pd((__m256d)v) != 0;
+#else
+  return (v[0] | v[1]) < 0;
 #endif
 }
 
@@ -226,42 +241,43 @@ CE_INLINE V unfused(V product) {
   return product;
 }
 
-// exp(x) for x ≤ 0. The steps of several vectors alternate: one vector's steps depend on each other, and a processor
-// looks ahead at two or three vectors only.
+// exp(−d) for distances d ≥ 0. The steps of several vectors alternate: one vector's steps depend on each other, and a
+// processor looks ahead at two or three vectors only.
 template <typename A, int kCount, int kDegree = kFullDegree<A>>
-struct Exp {
+struct ExpMinus {
   Vec<A> power[kCount];     // 2^f
   Vec<A> exponent[kCount];  // with n: n + f itself, or 2^n
 
-  CE_INLINE explicit Exp(Vec<A> (&x)[kCount]) {
+  CE_INLINE explicit ExpMinus(const Vec<A> (&d)[kCount]) {
     using S = Simd<A>;
     constexpr auto& kPolynomial = kPower2<A, kDegree>;
+    Vec<A> f[kCount];
 #if CE_VECTOR_BYTES == 64
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
-      exponent[i] = x[i] * S::kLog2e;
+      exponent[i] = d[i] * -S::kLog2e;
     }
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
-      x[i] = fraction(exponent[i]);
-      power[i] = x[i] * kPolynomial[kDegree] + kPolynomial[kDegree - 1];
+      f[i] = fraction(exponent[i]);
+      power[i] = f[i] * kPolynomial[kDegree] + kPolynomial[kDegree - 1];
     }
 #else
     // Adding the magic number leaves n plus the exponent's bias in the low bits. What would be subnormal becomes 0.
-    Vec<A> shifted[kCount];
+    Vec<A> near[kCount], shifted[kCount];
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
-      x[i] = max(broadcast(S::kLowest), x[i]);
+      near[i] = min(broadcast(S::kFarthest), d[i]);
     }
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
-      shifted[i] = x[i] * S::kLog2e + S::kMagic;
+      shifted[i] = near[i] * -S::kLog2e + S::kMagic;
     }
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
-      x[i] = x[i] * S::kLog2e + (S::kMagic - shifted[i]);
-      power[i] = x[i] * kPolynomial[kDegree] + kPolynomial[kDegree - 1];
+      f[i] = near[i] * -S::kLog2e + (S::kMagic - shifted[i]);
+      power[i] = f[i] * kPolynomial[kDegree] + kPolynomial[kDegree - 1];
       exponent[i] = bit_cast<Vec<A>>(bit_cast<typename S::Bits>(shifted[i]) << S::kMantissa);
     }
 #endif
     CE_UNROLL for (int k = kDegree - 2; k >= 0; --k) {
       CE_UNROLL for (int i = 0; i < kCount; ++i) {
-        power[i] = power[i] * x[i] + kPolynomial[k];
+        power[i] = power[i] * f[i] + kPolynomial[k];
       }
     }
   }
@@ -275,9 +291,9 @@ struct Exp {
 };
 
 template <typename A>
-CE_INLINE Vec<A> exp(Vec<A> x) {
-  Vec<A> xs[] = {x};
-  return Exp<A, 1>(xs).get(0);
+CE_INLINE Vec<A> exp_minus(Vec<A> d) {
+  const Vec<A> ds[] = {d};
+  return ExpMinus<A, 1>(ds).get(0);
 }
 
 // How elements of type T look in memory, and the conversions from and to a vector of their accumulators.

@@ -164,35 +164,47 @@ struct Accumulator {
   CE_INLINE void raise_to(Vec<A> top) {
     close_block();
     const Vec<A> raised = kAlong ? broadcast(reduce_max<A>(top)) : max(top, reference);
-    const Vec<A> step = reference - raised;
-    piece.exps *= exp<A>(step);
-    piece.linear = piece.coefficients == 0 ? piece.linear : piece.linear + piece.coefficients * step;
+    const Vec<A> step = raised - reference;
+    piece.exps *= exp_minus<A>(step);
+    piece.linear = piece.coefficients == 0 ? piece.linear : piece.linear - piece.coefficients * step;
     reference = raised;
   }
 
-  // Adds a group of vectors. Vector i of their coefficients is coefficient(i); use(i, e) gets e^(x[i] − reference).
+  // Adds a group of vectors. Vector i of their coefficients is coefficient(i); use(i, e) gets exp(x[i] − reference).
   template <bool kLinear, int kCount, typename Coefficient, typename Use>
   CE_INLINE void add(const Vec<A> (&x)[kCount], Coefficient&& coefficient, Use&& use) {
-    Vec<A> top = x[0];
-    CE_UNROLL for (int i = 1; i < kCount; ++i) {
-      top = max(top, x[i]);
+    using Mask = typename Simd<A>::Mask;
+    Vec<A> distances[kCount];
+    Mask signs = {};
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      distances[i] = reference - x[i];
+      signs |= bit_cast<Mask>(distances[i]);
     }
-    if (__builtin_expect(any_greater(top, reference), 0)) {
-      raise_to(top);
+    if (__builtin_expect(any_negative(signs), 0)) {  // or NaN
+      Vec<A> top = x[0];
+      CE_UNROLL for (int i = 1; i < kCount; ++i) {
+        top = max(top, x[i]);
+      }
+      if (any_negative(bit_cast<Mask>(top > reference))) {
+        raise_to(top);
+      }
+      CE_UNROLL for (int i = 0; i < kCount; ++i) {
+        distances[i] = reference - x[i];
+      }
     }
     Sums<A> group;
     constexpr int kInterleaved = kCount < 4 ? kCount : 4;
     CE_UNROLL for (int first = 0; first < kCount; first += kInterleaved) {
-      Vec<A> steps[kInterleaved];
+      Vec<A> d[kInterleaved];
       CE_UNROLL for (int i = 0; i < kInterleaved; ++i) {
-        steps[i] = x[first + i] - reference;
+        d[i] = distances[first + i];
         if (kLinear) {
           const Vec<A> a = coefficient(first + i);
-          group.linear += a * steps[i];
+          group.linear -= a * d[i];
           group.coefficients += a;
         }
       }
-      const Exp<A, kInterleaved> exps(steps);
+      const ExpMinus<A, kInterleaved> exps(d);
       CE_UNROLL for (int i = 0; i < kInterleaved; ++i) {
         const Vec<A> e = exps.get(i);
         group.exps += e;
@@ -395,9 +407,9 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     target_coefficients[lane] = coefficients.smoothing.coefficient(targets.weight[lane], A(1));
   }
   T target_grad[kLanes<A>];
-  Vec<A> target_steps[] = {target_logits(logits, targets, tile.rows, begin, end) - top};
-  store(target_grad,
-        Row::element(Exp<A, 1, kElementDegree<T>>(target_steps).get(0), load(target_coefficients), scale, upstream));
+  const Vec<A> target_distances[] = {top - target_logits(logits, targets, tile.rows, begin, end)};
+  store(target_grad, Row::element(ExpMinus<A, 1, kElementDegree<T>>(target_distances).get(0), load(target_coefficients),
+                                  scale, upstream));
 
   typename Simd<A>::Mask kept;
   for (int lane = 0; lane < kLanes<A>; ++lane) {
@@ -418,9 +430,9 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
         logits.template get<kVectors>(c + i * kStep, lanes, dense, x + i);
       }
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
-        x[i] -= top;
+        x[i] = top - x[i];
       }
-      const Exp<A, kSize, kElementDegree<T>> exps(x);
+      const ExpMinus<A, kSize, kElementDegree<T>> exps(x);
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
         x[i] = element(exps.get(i), c + i * kStep, lanes);
       }
@@ -433,8 +445,8 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const auto write_singly = [&](int64_t c, int64_t last) __attribute__((always_inline)) {
     for (; c < last; c += kStep) {
       const int count = lanes_at<A, kAlong>(c, last, tile.rows);
-      Vec<A> x[] = {logits.get(c, count) - top};
-      grad.set(c, count, element(Exp<A, 1, kElementDegree<T>>(x).get(0), c, count));
+      const Vec<A> x[] = {top - logits.get(c, count)};
+      grad.set(c, count, element(ExpMinus<A, 1, kElementDegree<T>>(x).get(0), c, count));
     }
     return last;
   };
@@ -444,7 +456,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     A* const factors = kept_exps.references + begin / (kGroup * kStep);
     for (int64_t g = 0; g < groups; g += kLanes<A>) {
       const int count = lanes_at<A, true>(g, groups, 1);
-      store(factors + g, 1, count, exp<A>(load(factors + g, 1, count) - top) * scale);
+      store(factors + g, 1, count, exp_minus<A>(top - load(factors + g, 1, count)) * scale);
     }
     const bool streams = p.streams_grad && kVectors == kRun<T> && grad.align(begin, end) == begin;
     constexpr int kTogether = decltype(striped)::value ? kVectors : kGroup;
