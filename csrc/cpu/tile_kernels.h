@@ -279,7 +279,8 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
   // Prefetched is the next row while a short one is computed, and what follows in a long one.
   const bool is_short = end - begin <= kShort * kStep;
-  const int64_t ahead = is_short ? logits.row_stride : 512 / sizeof(T);
+  const int64_t bytes_ahead = sizeof(T) == 2 && !reads_in_stripes() ? 4096 : 512;
+  const int64_t ahead = is_short ? logits.row_stride : bytes_ahead / sizeof(T);
   const auto add_groups = [&](auto group, auto dense, auto striped, auto keeps) __attribute__((always_inline)) {
     constexpr int kSize = decltype(group)::value;
     constexpr int kRunStep = kVectors * kStep;
