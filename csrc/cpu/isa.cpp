@@ -20,7 +20,6 @@ Isa detect() {
       widest = Isa::kAvx512;
     }
   }
-#endif
   if (const char* wanted = std::getenv("CROSS_ENTROPY_ISA")) {
     for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
       if (isa < widest && std::strcmp(wanted, kNames[static_cast<int>(isa)]) == 0) {
@@ -28,6 +27,7 @@ Isa detect() {
       }
     }
   }
+#endif
   return widest;
 }
 
