@@ -180,7 +180,9 @@ struct Accumulator {
       distances[i] = reference - x[i];
       signs |= bit_cast<Mask>(distances[i]);
     }
-    if (__builtin_expect(any_negative(signs), 0)) {  // or NaN
+    // What is above the reference shows in the sign of its distance, as a NaN may. To collect the signs costs less than
+    // to compute the maximum.
+    if (__builtin_expect(any_negative(signs), 0)) {
       Vec<A> top = x[0];
       CE_UNROLL for (int i = 1; i < kCount; ++i) {
         top = max(top, x[i]);
@@ -281,6 +283,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   const bool is_short = end - begin <= kShort * kStep;
   const int64_t bytes_ahead = sizeof(T) == 2 && !reads_in_stripes() ? 4096 : 512;
   const int64_t ahead = is_short ? logits.row_stride : bytes_ahead / sizeof(T);
+  // A group's runs of vectors are neighbours, or come from as many stripes of the piece.
   const auto add_groups = [&](auto group, auto dense, auto striped, auto keeps) __attribute__((always_inline)) {
     constexpr int kSize = decltype(group)::value;
     constexpr int kRunStep = kVectors * kStep;
