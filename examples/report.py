@@ -29,6 +29,7 @@ def make_table(results: Results) -> Table:
     """A row for each task and loss, and the ratio of their times."""
     table = Table(
         title="The same training with either loss",
+        collapse_padding=True,
         caption=f"Final loss: mean of the last {FINAL_STEPS} steps. Times: medians; the loss alone "
         "is timed after training, forward and backward. Memory: peak of training, over what was "
         "resident before.",
