@@ -16,17 +16,24 @@ void write_row(void* results, int64_t offset, double value) {
   }
 }
 
-// Exponentials to be kept of some tiles at a time; none where recomputing them costs less than the memory to pass
-// through. That is for the shape to tell alone, so that the bits do not depend on the number of threads.
+// Whether to keep a row's exponentials for its gradient is faster than to compute them again. That is for the shape to
+// tell alone, so that the bits depend on nothing else. Half types are bound by arithmetic and gain most; only where a
+// row could not be streamed as a whole they lose. In float32 it is faster as long as everything stays in the caches.
+template <typename T>
+bool keeps_exps(const Problem& p) {
+  const int64_t row_bytes = p.classes * sizeof(T);
+  return sizeof(T) == 2 ? p.classes <= 1 << 18 && (row_bytes < kStreamedRow || row_bytes % 64 == 0)
+                        : p.classes <= 1 << 12 && p.rows * row_bytes <= 1 << 23;
+}
+
+// The exponentials of some tiles at a time, where they are kept.
 template <typename T>
 class KeptExps {
  public:
   using A = Acc<T>;
 
   KeptExps(const Problem& p, const Tiling& tiling, int lanes, int64_t tiles) {
-    constexpr int64_t kMaxClasses = sizeof(T) < sizeof(A) ? 1 << 18 : 1 << 12;
-    if (p.grad.data && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 &&
-        p.classes <= kMaxClasses) {
+    if (p.grad.data && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 && keeps_exps<T>(p)) {
       references_ = p.classes;
       size_ = references_ + p.classes / (kGroup * lanes) + 1;
       memory_.reset(new A[tiles * size_]);

@@ -14,6 +14,9 @@ constexpr int kMaxLanes = 16;         // floats in the widest vector
 constexpr int64_t kPiece = 1 << 14;   // classes
 constexpr int64_t kSerial = 1 << 15;  // elements that are not worth a second thread
 constexpr int kGroup = 8;             // vectors that are taken together
+// Bytes of a row from which on its gradient is streamed past the caches: a shorter one is written faster than streams
+// are.
+constexpr int64_t kStreamedRow = 1 << 14;
 // Rows of so few vectors are transposed, so that the lanes run across them: less work than a row costs by itself.
 constexpr int kNarrow = 8;
 

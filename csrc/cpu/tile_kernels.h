@@ -423,6 +423,8 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   constexpr int kSize = 4;
   const int lanes = kAlong ? kLanes<A> : tile.rows;
   const bool dense = kAlong && logits.class_stride == 1 && grad.class_stride == 1;
+  const bool may_stream =
+      p.streams_grad && kVectors == kRun<T> && p.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedRow;
   const auto element = [&](Vec<A> e, int64_t c, int count) __attribute__((always_inline)) {
     const Vec<A> g = kLinear ? Row::element(e, coefficients.get(c, count), scale, upstream) : e * scale;
     return kAlong ? g : kept ? g : Vec<A>{};
@@ -462,7 +464,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
       const int count = lanes_at<A, true>(g, groups, 1);
       store(factors + g, 1, count, exp_minus<A>(top - load(factors + g, 1, count)) * scale);
     }
-    const bool streams = p.streams_grad && kVectors == kRun<T> && grad.align(begin, end) == begin;
+    const bool streams = may_stream && grad.align(begin, end) == begin;
     constexpr int kTogether = decltype(striped)::value ? kVectors : kGroup;
     constexpr int64_t kFetched = (128 << 10) / sizeof(T);
     int64_t c = begin;
@@ -490,7 +492,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     c = reads_in_stripes() ? write_kept(std::true_type()) : write_kept(std::false_type());
   } else if (dense) {
     c = write_singly(c, grad.align(c, end));
-    if (p.streams_grad && kVectors == kRun<T>) {
+    if (may_stream) {
       c = write_groups(c, true);
       finish_streaming();
     }
