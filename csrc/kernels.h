@@ -47,7 +47,7 @@ struct Problem {
   Input grad_loss;            // (rows), acc; 1 where null
   Input grad_lse;             // (rows), acc; 0 where null
   Output grad;                // (rows, classes); the forward pass writes it too if it is given
-  bool streams_grad = false;  // whether to store it past the caches
+  bool streams_grad = false;  // whether it may be stored past the caches
 };
 
 // What the targets tell before any logit is read.
