@@ -346,3 +346,13 @@ def test_examples(logits, target, expected, reduction, dtype):
         assert loss.item() == pytest.approx(expected, abs=max(1e-4, torch.finfo(dtype).eps))
     else:
         assert loss.eq(0).all() and loss.signbit().all()
+
+
+def test_subnormal_numbers_are_flushed_within_the_kernels_only():
+    logits = torch.tensor([[0.0, -95.0]] * 40000, requires_grad=True)  # exp(−95) is subnormal
+    target = torch.zeros(len(logits), dtype=torch.long)
+    loss = cross_entropy.cross_entropy(logits, target, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert loss == 0 and grad.eq(0).all()
+    # By the thread that called and by the others.
+    assert torch.full((100000,), 1e-38).mul(0.1).gt(0).all()

@@ -22,6 +22,7 @@ struct Backward {
   void for_each_piece(F&& f) const {
     const int64_t items = tiling.tiles * tiling.pieces;
     at::parallel_for(0, items, tiling.grain(p, items), [&](int64_t first, int64_t last) {
+      const FlushSubnormals flush;
       for (int64_t i = first; i < last; ++i) {
         const int64_t begin = i % tiling.pieces * kPiece;
         f(tiling.tile(i / tiling.pieces), begin, std::min(p.classes, begin + kPiece));

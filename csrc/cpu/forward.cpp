@@ -98,6 +98,7 @@ struct Forward {
   // Rows enough for all threads: each thread takes whole tiles, whose logits are still in its cache for the gradient.
   void by_tile() const {
     at::parallel_for(0, tiling.tiles, tiling.grain(p, tiling.tiles), [&](int64_t begin, int64_t end) {
+      const FlushSubnormals flush;
       RowState<double> states[kMaxLanes];
       const KeptExps<T> kept(p, tiling, kernels.lanes, 1);
       for (int64_t i = begin; i < end; ++i) {
@@ -133,6 +134,7 @@ struct Forward {
     std::vector<RowState<double>> states(items * kMaxLanes);
     const auto for_each_piece = [&](auto&& f) {
       at::parallel_for(0, items, tiling.grain(p, tiling.tiles * tiling.pieces), [&](int64_t begin, int64_t end) {
+        const FlushSubnormals flush;
         for (int64_t i = begin; i < end; ++i) {
           const Tile tile = tiling.tile(first + i / tiling.pieces);
           f(i, tile, TileTargets<A>(p, tile), i % tiling.pieces);
