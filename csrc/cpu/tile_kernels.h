@@ -484,7 +484,9 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
         }
       }
     }
-    finish_streaming();
+    if (streams) {
+      finish_streaming();
+    }
     return c;
   };
   int64_t c = begin;
