@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace ce {
 
@@ -9,6 +10,20 @@ constexpr int kMaxDims = 8;
 
 enum class DType : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum class TargetType : int8_t { kInt64, kInt32, kUInt8, kProbabilities };
+
+// Divides by one number again and again: n / d as the upper half of a product, exact for n < 2^63.
+struct Divider {
+  uint64_t multiplier = 0;
+  int shift = 0;
+
+  Divider() = default;
+  explicit Divider(uint64_t d) {  // d ≥ 2
+    while (((d - 1) >> shift) > 1) {
+      ++shift;
+    }
+    multiplier = static_cast<uint64_t>(((static_cast<unsigned __int128>(1) << (64 + shift)) / d) + 1);
+  }
+};
 
 // An operand of shape (rows, classes) or (rows). The rows lie on a grid of up to kMaxDims dimensions.
 template <typename Pointer>
@@ -20,6 +35,13 @@ struct Operand {
 using Input = Operand<const void*>;
 using Output = Operand<void*>;
 
+// The first target out of bounds that kernels have met.
+struct BadTarget {
+  int64_t row = INT64_MAX;  // of the target's own shape, counted through
+  int64_t target = 0;
+  int lock = 0;
+};
+
 // One call. "acc" is the accumulator's type: float64 for float64 logits, float32 for all others. A null pointer
 // stands for an option that was not given or a result that is not wanted.
 struct Problem {
@@ -29,25 +51,32 @@ struct Problem {
   int64_t classes = 0;
   int dims = 0;  // of the grid of rows, outermost first
   int64_t sizes[kMaxDims] = {};
+  Divider dividers[kMaxDims];  // by the sizes of all dimensions but the first
 
   Input logits;                  // (rows, classes)
   Input target;                  // (rows) indices, or (rows, classes) probabilities
   const void* weight = nullptr;  // (classes), acc
   int64_t ignore_index = -100;
   double label_smoothing = 0;
-  const void* divisor = nullptr;  // (), acc: what `total` and the gradients are divided by
+  double divisor = 1;              // what `total` and the gradients are divided by, unless
+  bool divides_by_weight = false;  // CUDA: it is the sum of the kept rows' class weights, which the kernels find
 
   int64_t row_strides[kMaxDims] = {};  // of loss, max, sum and lse
   void* loss = nullptr;                // (rows), acc
   void* max = nullptr;                 // (rows), acc: max z; an input of the backward kernels
   void* sum = nullptr;                 // (rows), acc: Σ exp(z − max z); an input of the backward kernels
   void* lse = nullptr;                 // (rows), acc: ln Σ exp(z), also of ignored rows
-  void* total = nullptr;               // (), acc: Σ loss / divisor; needs `loss`
+  void* total = nullptr;               // (), Σ loss / divisor; needs `loss`
+  DType total_type = DType::kFloat32;  // CPU: acc
 
-  Input grad_loss;            // (rows), acc; 1 where null
-  Input grad_lse;             // (rows), acc; 0 where null
-  Output grad;                // (rows, classes); the forward pass writes it too if it is given
-  bool streams_grad = false;  // whether it may be stored past the caches
+  Input grad_loss;                         // (rows); 1 where null
+  Input grad_lse;                          // (rows), acc; 0 where null
+  DType grad_loss_type = DType::kFloat32;  // CPU: acc
+  Output grad;                             // (rows, classes); the forward pass writes it too if it is given
+  bool streams_grad = false;               // CPU: whether it may be stored past the caches
+
+  void* workspace = nullptr;        // CUDA: memory of the device for the kernels' own use, see workspace_size()
+  BadTarget* bad_target = nullptr;  // CUDA: where kernels report a target that is out of bounds
 };
 
 // What the targets tell before any logit is read.
@@ -73,4 +102,31 @@ void weight_backward(const Problem&);
 void scale(DType dtype, void* data, int64_t count, const void* factor);
 
 }  // namespace cpu
+
+// The same on the current device, in the order of `stream` and without waiting for it. A row whose target is out of
+// bounds gets NaN for its loss and gradient.
+namespace cuda {
+
+using Stream = void*;  // cudaStream_t
+
+// Bytes of device memory that a call needs.
+int64_t workspace_size(const Problem&);
+int64_t weight_backward_workspace_size(const Problem&);
+
+void forward(const Problem&, Stream);
+void backward(const Problem&, Stream);
+void target_backward(const Problem&, Stream);
+void weight_backward(const Problem&, Stream);
+void scale(DType dtype, void* data, int64_t count, const void* factor, DType factor_type, Stream);
+
+// The record that kernels on `device` report to, in memory that the host reads too.
+BadTarget* bad_target(int device);
+// What it holds by now, and empties it; row INT64_MAX where there is nothing.
+BadTarget take_bad_target(int device);
+// The devices whose record has been asked for.
+std::vector<int> reporting_devices();
+// Waits for all work on the current device.
+void synchronize();
+
+}  // namespace cuda
 }  // namespace ce

@@ -28,6 +28,15 @@ struct MaxSum {
 
   CE_HOST_DEVICE MaxSum push(T x) const { return merge({x, T(1)}); }
 
+  // Makes the sum relative to `top` ≥ max.
+  CE_HOST_DEVICE void raise(T top) {
+    sum *= rescale(max, top);
+    max = top;
+  }
+
+  // What x is to be taken relative to in exp(x − max), so that no −inf − (−inf) makes a NaN.
+  CE_HOST_DEVICE T reference() const { return max == -INFINITY ? T(0) : max; }
+
   CE_HOST_DEVICE T log_sum() const { return std::log(sum); }
 
   // ln Σ exp(x). A row that holds +inf has lse +inf although its sum is NaN (inf − inf).

@@ -4,17 +4,14 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-#include <c10/core/Allocator.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <cmath>
 
+#include "backends.h"
 #include "checks.h"
-#include "cpu/large_memory.h"
 #include "problem.h"
 
 namespace ce {
@@ -23,202 +20,164 @@ namespace {
 using at::ScalarType;
 using at::Tensor;
 
-at::ScalarType loss_dtype(const Tensor& logits, const Options& options) {
-  return options.dtype.value_or(logits.scalar_type());
-}
-
-// Validates the targets and returns what the mean divides by.
-double divisor_of(const Problem& problem) {
-  if (problem.target_type == TargetType::kProbabilities) {
-    return problem.classes == 0 ? NAN : static_cast<double>(problem.rows);
-  }
-  const TargetSummary summary = cpu::summarize_targets(problem);
-  TORCH_CHECK_INDEX(summary.bad_row < 0, "Target ", summary.bad_target, " is out of bounds.");
-  return summary.weight;
-}
-
-// The divisor of the reduction in the accumulator's type, as the kernels want it.
-class Divisor {
- public:
-  Divisor(Problem& problem, int64_t reduction) {
-    const double value = divisor_of(problem);
-    if (reduction == at::Reduction::Mean) {
-      double_ = value;
-      float_ = static_cast<float>(value);
-      problem.divisor = problem.dtype == DType::kFloat64 ? static_cast<const void*>(&double_) : &float_;
+// The kernels of the operators, for any backend of backends.h.
+template <typename Backend>
+struct Kernels {
+  // The one way into the forward kernel: the loss in its dtype; the caller has asked `builder` for the other results.
+  static Tensor run_forward(Backend& backend, ProblemBuilder& builder, const Tensor& logits, const Options& options) {
+    const ScalarType dtype = options.dtype.value_or(logits.scalar_type());
+    Tensor loss = builder.add_row_result(&Problem::loss);
+    Problem& problem = builder.problem();
+    backend.prepare(problem, options.reduction);
+    if (builder.is_empty()) {
+      const double total = options.reduction == at::Reduction::Mean ? NAN : 0;
+      return options.reduction == at::Reduction::None ? loss.zero_().to(dtype)
+                                                      : at::full({}, total, logits.options().dtype(dtype));
     }
+    if (options.reduction == at::Reduction::None) {
+      backend.forward(problem);
+      return loss.to(dtype);
+    }
+    return backend.forward_total(problem, logits.options().dtype(dtype));
   }
-  Divisor(const Divisor&) = delete;
 
- private:
-  double double_;
-  float float_;
+  static Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                     int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+    const Options options{reduction, ignore_index, label_smoothing, dtype};
+    check(logits, target, weight, options);
+    Backend backend(logits);
+    ProblemBuilder builder(logits, target, weight, options);
+    return run_forward(backend, builder, logits, options);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
+                                                            const OptionalTensor& weight, int64_t reduction,
+                                                            int64_t ignore_index, double label_smoothing,
+                                                            std::optional<ScalarType> dtype) {
+    const Options options{reduction, ignore_index, label_smoothing, dtype};
+    check(logits, target, weight, options);
+    Backend backend(logits);
+    ProblemBuilder builder(logits, target, weight, options);
+    Tensor max = builder.add_row_result(&Problem::max);
+    Tensor sum = builder.add_row_result(&Problem::sum);
+    Tensor lse = builder.add_row_result(&Problem::lse);
+    Tensor loss = run_forward(backend, builder, logits, options);
+    if (builder.is_empty()) {
+      max.fill_(-INFINITY);
+      sum.zero_();
+      lse.fill_(-INFINITY);
+    }
+    return {loss, max, sum, lse};
+  }
+
+  static Tensor forward_into(Backend& backend, const NewGrad& grad, const Tensor& logits, const Tensor& target,
+                             const OptionalTensor& weight, const Options& options) {
+    ProblemBuilder builder(logits, target, weight, options);
+    builder.add_grad(grad.tensor, grad.streams);
+    return run_forward(backend, builder, logits, options);
+  }
+
+  static std::tuple<Tensor, Tensor> forward_grad(const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                 double label_smoothing, std::optional<ScalarType> dtype) {
+    const Options options{reduction, ignore_index, label_smoothing, dtype};
+    check(logits, target, weight, options);
+    Backend backend(logits);
+    const NewGrad grad = backend.empty_grad(logits);
+    Tensor loss = forward_into(backend, grad, logits, target, weight, options);
+    return {loss, grad.tensor};
+  }
+
+  static Tensor forward_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                              int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+    const Options options{reduction, ignore_index, label_smoothing, dtype};
+    check(logits, target, weight, options);
+    Backend backend(logits);
+    return forward_into(backend, {logits}, logits, target, weight, options);
+  }
+
+  // The one way into the backward kernels.
+  static void run_backward(Backend& backend, void (Backend::*kernel)(Problem&), const NewGrad& out,
+                           const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
+                           const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
+                           const Options& options) {
+    ProblemBuilder builder(logits, target, weight, options);
+    if (builder.is_empty()) {
+      out.tensor.zero_();
+      return;
+    }
+    builder.add_row_input(&Problem::max, max);
+    builder.add_row_input(&Problem::sum, sum);
+    builder.add_grad_loss(grad_loss);
+    if (grad_lse && grad_lse->defined()) {
+      builder.add_grad_lse(*grad_lse);
+    }
+    if (out.tensor.sizes() == logits.sizes()) {
+      builder.add_grad(out.tensor, out.streams);
+    }
+    Problem& problem = builder.problem();
+    problem.grad.data = out.tensor.data_ptr();
+    backend.prepare(problem, options.reduction);
+    (backend.*kernel)(problem);
+  }
+
+  static Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
+                         const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
+                         int64_t reduction, int64_t ignore_index, double label_smoothing) {
+    Backend backend(logits);
+    const NewGrad grad = backend.empty_grad(logits);
+    run_backward(backend, &Backend::backward, grad, grad_loss, grad_lse, logits, target, weight, max, sum,
+                 {reduction, ignore_index, label_smoothing});
+    return grad.tensor;
+  }
+
+  static void backward_(Tensor& logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
+                        const Tensor& max, const Tensor& sum, int64_t reduction, int64_t ignore_index,
+                        double label_smoothing) {
+    Backend backend(logits);
+    run_backward(backend, &Backend::backward, {logits}, grad_loss, std::nullopt, logits, target, weight, max, sum,
+                 {reduction, ignore_index, label_smoothing});
+  }
+
+  static Tensor target_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
+                                double label_smoothing) {
+    Backend backend(logits);
+    const NewGrad grad = backend.empty_grad(target);
+    run_backward(backend, &Backend::target_backward, grad, grad_loss, std::nullopt, logits, target, weight, max, sum,
+                 {reduction, -100, label_smoothing});
+    return grad.tensor;
+  }
+
+  static Tensor weight_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                const Tensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
+                                double label_smoothing) {
+    Backend backend(logits);
+    Tensor grad = at::empty(weight.sizes(), weight.options().dtype(accumulator_of(logits.scalar_type())));
+    run_backward(backend, &Backend::weight_backward, {grad}, grad_loss, std::nullopt, logits, target, weight, max, sum,
+                 {reduction, -100, label_smoothing});
+    return grad.to(weight.scalar_type());
+  }
+
+  static void scale_(Tensor& grad, const Tensor& factor) {
+    TORCH_CHECK(grad.is_non_overlapping_and_dense(), "scale_ expects a dense gradient");
+    Backend(grad).scale(grad, factor);
+  }
+
+  static void add_to(torch::Library& m) {
+    m.impl("loss", &loss);
+    m.impl("forward", &forward);
+    m.impl("forward_grad", &forward_grad);
+    m.impl("forward_grad_", &forward_grad_);
+    m.impl("backward", &backward);
+    m.impl("backward_", &backward_);
+    m.impl("target_backward", &target_backward);
+    m.impl("weight_backward", &weight_backward);
+    m.impl("scale_", &scale_);
+  }
 };
 
-// The one way into the forward kernel: the loss in its dtype; the caller has asked `builder` for the other results.
-Tensor run_forward(ProblemBuilder& builder, const Tensor& logits, const Options& options) {
-  const ScalarType dtype = loss_dtype(logits, options);
-  Tensor loss = builder.add_row_result(&Problem::loss);
-  Problem& problem = builder.problem();
-  const Divisor divisor(problem, options.reduction);
-  const bool reduces = options.reduction != at::Reduction::None;
-  double total_double = 0;
-  float total_float = 0;
-  if (reduces) {
-    problem.total = problem.dtype == DType::kFloat64 ? static_cast<void*>(&total_double) : &total_float;
-  }
-  if (!builder.is_empty()) {
-    cpu::forward(problem);
-  } else {
-    loss.zero_();
-    total_double = options.reduction == at::Reduction::Mean ? NAN : 0;
-    total_float = static_cast<float>(total_double);
-  }
-  if (reduces) {
-    return make_scalar(problem.dtype == DType::kFloat64 ? total_double : total_float, logits.options().dtype(dtype));
-  }
-  return loss.to(dtype);
-}
-
-// A gradient to be written. Stores into memory whose pages have been touched before need not go through the caches.
-struct NewGrad {
-  Tensor tensor;
-  bool streams = false;
-};
-
-NewGrad empty_grad(const Tensor& like) {
-  if (like.nbytes() >= cpu::kLargeMemory && like.is_non_overlapping_and_dense()) {
-    const cpu::LargeBlock block = cpu::allocate_large(like.nbytes());
-    if (block.data) {
-      return {at::for_blob(block.data, like.sizes())
-                  .strides(like.strides())
-                  .deleter([block](void*) { cpu::free_large(block); })
-                  .options(like.options())
-                  .allocator(c10::GetAllocator(c10::kCPU))
-                  .resizeable_storage()
-                  .make_tensor(),
-              block.is_reused};
-    }
-  }
-  return {at::empty_like(like)};
-}
-
-// The kernels of the operators on CPU tensors.
-
-Tensor loss_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
-  check(logits, target, weight, options);
-  ProblemBuilder builder(logits, target, weight, options);
-  return run_forward(builder, logits, options);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tensor& target,
-                                                       const OptionalTensor& weight, int64_t reduction,
-                                                       int64_t ignore_index, double label_smoothing,
-                                                       std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
-  check(logits, target, weight, options);
-  ProblemBuilder builder(logits, target, weight, options);
-  Tensor max = builder.add_row_result(&Problem::max);
-  Tensor sum = builder.add_row_result(&Problem::sum);
-  Tensor lse = builder.add_row_result(&Problem::lse);
-  Tensor loss = run_forward(builder, logits, options);
-  if (builder.is_empty()) {
-    max.fill_(-INFINITY);
-    sum.zero_();
-    lse.fill_(-INFINITY);
-  }
-  return {loss, max, sum, lse};
-}
-
-Tensor forward_into(const NewGrad& grad, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    const Options& options) {
-  ProblemBuilder builder(logits, target, weight, options);
-  builder.add_grad(grad.tensor, grad.streams);
-  return run_forward(builder, logits, options);
-}
-
-std::tuple<Tensor, Tensor> forward_grad_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                            int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                            std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
-  check(logits, target, weight, options);
-  const NewGrad grad = empty_grad(logits);
-  Tensor loss = forward_into(grad, logits, target, weight, options);
-  return {loss, grad.tensor};
-}
-
-Tensor forward_grad__cpu(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                         int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
-  check(logits, target, weight, options);
-  return forward_into({logits}, logits, target, weight, options);
-}
-
-// The one way into the backward kernels.
-template <typename Kernel>
-void run_backward(Kernel kernel, const NewGrad& out, const Tensor& grad_loss, const OptionalTensor& grad_lse,
-                  const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& max,
-                  const Tensor& sum, const Options& options) {
-  ProblemBuilder builder(logits, target, weight, options);
-  if (builder.is_empty()) {
-    out.tensor.zero_();
-    return;
-  }
-  builder.add_row_input(&Problem::max, max);
-  builder.add_row_input(&Problem::sum, sum);
-  builder.add_upstream(&Problem::grad_loss, grad_loss);
-  if (grad_lse && grad_lse->defined()) {
-    builder.add_upstream(&Problem::grad_lse, *grad_lse);
-  }
-  if (out.tensor.sizes() == logits.sizes()) {
-    builder.add_grad(out.tensor, out.streams);
-  }
-  Problem& problem = builder.problem();
-  problem.grad.data = out.tensor.data_ptr();
-  const Divisor divisor(problem, options.reduction);
-  kernel(problem);
-}
-
-Tensor backward_cpu(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits, const Tensor& target,
-                    const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
-                    int64_t ignore_index, double label_smoothing) {
-  const NewGrad grad = empty_grad(logits);
-  run_backward(cpu::backward, grad, grad_loss, grad_lse, logits, target, weight, max, sum,
-               {reduction, ignore_index, label_smoothing});
-  return grad.tensor;
-}
-
-void backward__cpu(Tensor& logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
-                   const Tensor& max, const Tensor& sum, int64_t reduction, int64_t ignore_index,
-                   double label_smoothing) {
-  run_backward(cpu::backward, {logits}, grad_loss, std::nullopt, logits, target, weight, max, sum,
-               {reduction, ignore_index, label_smoothing});
-}
-
-Tensor target_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                           const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
-                           double label_smoothing) {
-  const NewGrad grad = empty_grad(target);
-  run_backward(cpu::target_backward, grad, grad_loss, std::nullopt, logits, target, weight, max, sum,
-               {reduction, -100, label_smoothing});
-  return grad.tensor;
-}
-
-Tensor weight_backward_cpu(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& weight,
-                           const Tensor& max, const Tensor& sum, int64_t reduction, double label_smoothing) {
-  Tensor grad = at::empty(weight.sizes(), weight.options().dtype(accumulator_of(logits.scalar_type())));
-  run_backward(cpu::weight_backward, {grad}, grad_loss, std::nullopt, logits, target, weight, max, sum,
-               {reduction, -100, label_smoothing});
-  return grad.to(weight.scalar_type());
-}
-
-void scale__cpu(Tensor& grad, const Tensor& factor) {
-  TORCH_CHECK(grad.is_non_overlapping_and_dense(), "scale_ expects a dense gradient");
-  const Tensor scalar = to_accumulator(factor, accumulator_of(grad.scalar_type()));
-  cpu::scale(dtype_of(grad), grad.data_ptr(), grad.numel(), scalar.const_data_ptr());
-}
+using OnCpu = Kernels<CpuBackend>;
 
 // The same on meta tensors: what is checked without data, and the results' shapes and dtypes.
 
@@ -230,7 +189,7 @@ c10::SymDimVector row_sizes(const Tensor& logits) {
 
 Tensor empty_loss(const Tensor& logits, const Options& options) {
   const c10::SymDimVector sizes = options.reduction == at::Reduction::None ? row_sizes(logits) : c10::SymDimVector();
-  return at::empty_symint(sizes, logits.options().dtype(loss_dtype(logits, options)));
+  return at::empty_symint(sizes, logits.options().dtype(options.dtype.value_or(logits.scalar_type())));
 }
 
 Tensor loss_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
@@ -293,54 +252,54 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 namespace op {
 
 Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& o) {
-  static const auto call = find<decltype(loss_cpu)>("cross_entropy::loss");
+  static const auto call = find<decltype(OnCpu::loss)>("cross_entropy::loss");
   return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
                                                    const OptionalTensor& weight, const Options& o) {
-  static const auto call = find<decltype(forward_cpu)>("cross_entropy::forward");
+  static const auto call = find<decltype(OnCpu::forward)>("cross_entropy::forward");
   return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
 }
 
 std::tuple<Tensor, Tensor> forward_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                         const Options& o) {
-  static const auto call = find<decltype(forward_grad_cpu)>("cross_entropy::forward_grad");
+  static const auto call = find<decltype(OnCpu::forward_grad)>("cross_entropy::forward_grad");
   return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
 }
 
 Tensor forward_grad_(Tensor logits, const Tensor& target, const OptionalTensor& weight, const Options& o) {
-  static const auto call = find<decltype(forward_grad__cpu)>("cross_entropy::forward_grad_");
+  static const auto call = find<decltype(OnCpu::forward_grad_)>("cross_entropy::forward_grad_");
   return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
 }
 
 Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits, const Tensor& target,
                 const OptionalTensor& weight, const Tensor& max, const Tensor& sum, const Options& o) {
-  static const auto call = find<decltype(backward_cpu)>("cross_entropy::backward");
+  static const auto call = find<decltype(OnCpu::backward)>("cross_entropy::backward");
   return call.call(grad_loss, grad_lse, logits, target, weight, max, sum, o.reduction, o.ignore_index,
                    o.label_smoothing);
 }
 
 void backward_(Tensor logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
                const Tensor& max, const Tensor& sum, const Options& o) {
-  static const auto call = find<decltype(backward__cpu)>("cross_entropy::backward_");
+  static const auto call = find<decltype(OnCpu::backward_)>("cross_entropy::backward_");
   call.call(logits, grad_loss, target, weight, max, sum, o.reduction, o.ignore_index, o.label_smoothing);
 }
 
 Tensor target_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                        const OptionalTensor& weight, const Tensor& max, const Tensor& sum, const Options& o) {
-  static const auto call = find<decltype(target_backward_cpu)>("cross_entropy::target_backward");
+  static const auto call = find<decltype(OnCpu::target_backward)>("cross_entropy::target_backward");
   return call.call(grad_loss, logits, target, weight, max, sum, o.reduction, o.label_smoothing);
 }
 
 Tensor weight_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& weight,
                        const Tensor& max, const Tensor& sum, const Options& o) {
-  static const auto call = find<decltype(weight_backward_cpu)>("cross_entropy::weight_backward");
+  static const auto call = find<decltype(OnCpu::weight_backward)>("cross_entropy::weight_backward");
   return call.call(grad_loss, logits, target, weight, max, sum, o.reduction, o.label_smoothing);
 }
 
 void scale_(Tensor grad, const Tensor& factor) {
-  static const auto call = find<decltype(scale__cpu)>("cross_entropy::scale_");
+  static const auto call = find<decltype(OnCpu::scale_)>("cross_entropy::scale_");
   call.call(grad, factor);
 }
 
@@ -381,15 +340,11 @@ TORCH_LIBRARY(cross_entropy, m) {
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy, CPU, m) {
-  m.impl("loss", &loss_cpu);
-  m.impl("forward", &forward_cpu);
-  m.impl("forward_grad", &forward_grad_cpu);
-  m.impl("forward_grad_", &forward_grad__cpu);
-  m.impl("backward", &backward_cpu);
-  m.impl("backward_", &backward__cpu);
-  m.impl("target_backward", &target_backward_cpu);
-  m.impl("weight_backward", &weight_backward_cpu);
-  m.impl("scale_", &scale__cpu);
+  OnCpu::add_to(m);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy, CUDA, m) {
+  Kernels<CudaBackend>::add_to(m);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy, Meta, m) {

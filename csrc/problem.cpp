@@ -112,9 +112,20 @@ void ProblemBuilder::add_row_input(void* Problem::* input, const at::Tensor& row
 }
 
 void ProblemBuilder::add_upstream(Input Problem::* input, const at::Tensor& upstream) {
-  kept_.push_back(to_accumulator(upstream, accumulator()));
-  (problem_.*input).data = kept_.back().const_data_ptr();
-  add_operand((problem_.*input).strides, kept_.back(), /*has_classes=*/false);
+  kept_.push_back(upstream);
+  (problem_.*input).data = upstream.const_data_ptr();
+  add_operand((problem_.*input).strides, upstream, /*has_classes=*/false);
+}
+
+void ProblemBuilder::add_grad_loss(const at::Tensor& grad) {
+  // The CUDA kernels read any type, which saves a kernel that converts it.
+  const at::Tensor upstream = grad.is_cuda() ? grad : to_accumulator(grad, accumulator());
+  problem_.grad_loss_type = dtype_of(upstream);
+  add_upstream(&Problem::grad_loss, upstream);
+}
+
+void ProblemBuilder::add_grad_lse(const at::Tensor& grad) {
+  add_upstream(&Problem::grad_lse, grad.to(accumulator()));
 }
 
 void ProblemBuilder::add_grad(const at::Tensor& grad, bool streams) {
@@ -159,6 +170,9 @@ Problem& ProblemBuilder::problem() {
   }
   if (dims == 0) {
     problem_.sizes[dims++] = 1;
+  }
+  for (int d = 1; d < dims; ++d) {
+    problem_.dividers[d] = Divider(problem_.sizes[d]);
   }
   problem_.dims = dims;
   return problem_;

@@ -36,8 +36,9 @@ class ProblemBuilder {
   at::Tensor add_row_result(void* Problem::* result);
   // What an earlier call left in one.
   void add_row_input(void* Problem::* input, const at::Tensor& rows);
-  // An upstream gradient, of shape (rows) or ().
-  void add_upstream(Input Problem::* input, const at::Tensor& upstream);
+  // Upstream gradients, of shape (rows) or ().
+  void add_grad_loss(const at::Tensor& grad);
+  void add_grad_lse(const at::Tensor& grad);
   // The destination of a gradient of the logits' shape.
   void add_grad(const at::Tensor& grad, bool streams);
 
@@ -49,6 +50,7 @@ class ProblemBuilder {
     int64_t* strides;
     c10::DimVector rows;
   };
+  void add_upstream(Input Problem::* input, const at::Tensor& upstream);
   void add_operand(int64_t* strides, const at::Tensor& tensor, bool has_classes);
 
   const at::Tensor logits_, target_;

@@ -50,6 +50,12 @@ struct RowState {
     return result;
   }
 
+  // Makes all sums relative to `top` ≥ the maximum.
+  CE_HOST_DEVICE void raise(T top) {
+    linear = relative_to(top);
+    exps.raise(top);
+  }
+
   // Adds what the pass left out: the part of the coefficient that only the target's index has.
   CE_HOST_DEVICE void add(T coefficient, T logit) {
     linear += coefficient * (logit == -INFINITY ? logit : logit - exps.max);

@@ -179,8 +179,7 @@ struct Forward {
     for (const double sum : sums) {
       total += sum;
     }
-    const A* divisor = static_cast<const A*>(p.divisor);
-    *static_cast<A*>(p.total) = static_cast<A>(divisor ? total / *divisor : total);
+    *static_cast<A*>(p.total) = static_cast<A>(total / p.divisor);
   }
 };
 

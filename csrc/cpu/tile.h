@@ -9,8 +9,7 @@
 #include <xmmintrin.h>
 #endif
 
-#include "../row_loss.h"
-#include "dtypes.h"
+#include "../operands.h"
 
 namespace ce::cpu {
 
@@ -109,16 +108,6 @@ struct Exps {
   A* references = nullptr;  // (groups)
 };
 
-template <typename A>
-inline Smoothing<A> smoothing_of(const Problem& p) {
-  return make_smoothing<A>(p.label_smoothing, p.classes);
-}
-
-// Whether classes other than an index target have coefficients.
-inline bool has_coefficients(const Problem& p) {
-  return p.target_type == TargetType::kProbabilities || p.label_smoothing > 0;
-}
-
 // A row's value of an operand of shape (rows), or `otherwise` where there is none.
 template <typename A>
 inline A row_value(const Problem& p, const Input& operand, int64_t row, A otherwise) {
@@ -129,7 +118,7 @@ inline A row_value(const Problem& p, const Input& operand, int64_t row, A otherw
 template <typename A>
 inline A upstream_of(const Problem& p, int64_t row) {
   const A upstream = row_value<A>(p, p.grad_loss, row, 1);
-  return p.divisor ? upstream / *static_cast<const A*>(p.divisor) : upstream;
+  return upstream / static_cast<A>(p.divisor);
 }
 
 // The kernels over the classes [begin, end) of a tile, for one element type and the running processor.

@@ -1,12 +1,15 @@
-// The element types that C++ lacks, and what each type is computed in.
+// How the kernels of all backends address a problem's operands: element types, offsets of rows, targets.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "../kernels.h"
+#include "kernels.h"
+#include "row_loss.h"
 
-namespace ce::cpu {
+namespace ce {
+
+// Element types that C++ lacks.
 
 struct Float16 {
   uint16_t bits;
@@ -15,6 +18,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// What each type is computed in.
 template <typename T>
 struct AccumulatorOf {
   using type = float;
@@ -41,17 +45,27 @@ inline auto dispatch(DType dtype, F&& f) {
   }
 }
 
+CE_HOST_DEVICE int64_t divide(int64_t n, const Divider& by) {
+#ifdef __CUDA_ARCH__
+  const uint64_t high = __umul64hi(n, by.multiplier);
+#else
+  const uint64_t high = static_cast<uint64_t>(static_cast<unsigned __int128>(n) * by.multiplier >> 64);
+#endif
+  return static_cast<int64_t>(high >> by.shift);
+}
+
 // The offset of a row in an operand. Rows are numbered along the grid, its last dimension fastest.
-inline int64_t row_offset(const Problem& p, int64_t row, const int64_t (&strides)[kMaxDims]) {
+CE_HOST_DEVICE int64_t row_offset(const Problem& p, int64_t row, const int64_t (&strides)[kMaxDims]) {
   int64_t offset = 0;
   for (int d = p.dims - 1; d > 0; --d) {
-    offset += row % p.sizes[d] * strides[d];
-    row /= p.sizes[d];
+    const int64_t rest = divide(row, p.dividers[d]);
+    offset += (row - rest * p.sizes[d]) * strides[d];
+    row = rest;
   }
   return offset + row * strides[0];
 }
 
-inline int64_t read_target(const Problem& p, int64_t row) {
+CE_HOST_DEVICE int64_t read_target(const Problem& p, int64_t row) {
   const int64_t offset = row_offset(p, row, p.target.strides);
   switch (p.target_type) {
     case TargetType::kInt32:
@@ -63,4 +77,14 @@ inline int64_t read_target(const Problem& p, int64_t row) {
   }
 }
 
-}  // namespace ce::cpu
+template <typename A>
+CE_HOST_DEVICE Smoothing<A> smoothing_of(const Problem& p) {
+  return make_smoothing<A>(p.label_smoothing, p.classes);
+}
+
+// Whether classes other than an index target have coefficients.
+CE_HOST_DEVICE bool has_coefficients(const Problem& p) {
+  return p.target_type == TargetType::kProbabilities || p.label_smoothing > 0;
+}
+
+}  // namespace ce

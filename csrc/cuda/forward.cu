@@ -1,0 +1,229 @@
+// Each row's maximum, log-sum-exp and loss, and the gradient of its logits, in one read of the logits.
+
+#include "reduce.cuh"
+#include "target.cuh"
+
+namespace ce::cuda {
+namespace {
+
+template <typename A, int kSize>
+CE_DEVICE void push(RowState<A>& state, const A (&z)[kSize]) {
+  A top = z[0];
+#pragma unroll
+  for (int i = 1; i < kSize; ++i) {
+    top = std::fmax(top, z[i]);
+  }
+  if (top > state.exps.max) {
+    state.raise(top);
+  }
+  const A reference = state.exps.reference();
+  A sum = 0;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    sum += exponential(z[i] - reference);
+  }
+  state.exps.sum += sum;
+}
+
+template <typename A, int kSize>
+CE_DEVICE void push(RowState<A>& state, const A (&z)[kSize], const A (&coefficients)[kSize]) {
+  push(state, z);
+  const A reference = state.exps.reference();
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    state.linear += coefficients[i] * (z[i] - reference);
+    state.coefficients += coefficients[i];
+  }
+}
+
+// Waits for other threads that report only, which takes nobody who does not.
+CE_DEVICE void report(BadTarget* record, int64_t row, int64_t target) {
+  while (*static_cast<volatile int64_t*>(&record->row) > row) {
+    if (atomicCAS(&record->lock, 0, 1) == 0) {
+      __threadfence_system();
+      if (*static_cast<volatile int64_t*>(&record->row) > row) {
+        *static_cast<volatile int64_t*>(&record->target) = target;
+        __threadfence_system();
+        *static_cast<volatile int64_t*>(&record->row) = row;
+      }
+      __threadfence_system();
+      atomicExch(&record->lock, 0);
+    }
+  }
+}
+
+// Adds the target's own part to what the classes have left, and writes the row's results.
+template <typename A>
+CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target, A target_logit, RowState<A> state) {
+  const int64_t offset = row_offset(p, row, p.row_strides);
+  if (target.kept && target.index < 0 && p.target_type != TargetType::kProbabilities && p.bad_target) {
+    report(p.bad_target, offset, read_target(p, row));
+  }
+  const auto write = [&](void* results, A value) {
+    if (results) {
+      static_cast<A*>(results)[offset] = value;
+    }
+  };
+  write(p.max, state.exps.max);
+  write(p.sum, state.exps.sum);
+  write(p.lse, state.exps.lse());
+  if (p.target_type != TargetType::kProbabilities) {
+    state.add(target.coefficient, target_logit);
+  }
+  write(p.loss, target.kept ? state.loss() : A(0));
+}
+
+template <typename T>
+CE_DEVICE const T* row_of(const Input& operand, const Problem& p, int64_t row) {
+  return static_cast<const T*>(operand.data) + row_offset(p, row, operand.strides);
+}
+
+template <typename A, typename T>
+CE_DEVICE A target_logit(const Problem& p, int64_t row, const RowTarget<A>& target) {
+  return target.index < 0 ? A(0) : A(to_accumulator(row_of<T>(p.logits, p, row)[target.index * p.logits.class_stride]));
+}
+
+template <typename Walk, bool kGrad, bool kLinear>
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (Walk::kSize == 1 || kGrad) + kLinear>)
+    forward_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+  using T = typename Walk::Element;
+  using A = Acc<T>;
+  using Whole = Piece<T, Walk::kSize>;
+  RowState<A>* const states = static_cast<RowState<A>*>(shared_memory());
+  Whole* const kept = reinterpret_cast<Whole*>(states + shared_states<Walk>(plan)) + threadIdx.x;
+
+  const Seat seat = Walk::seat(plan);
+  const int64_t rank = seat.block * plan.lanes + seat.lane;
+  const int64_t ranks = static_cast<int64_t>(plan.blocks) * plan.lanes;
+  // Every thread goes through every turn, with or without a row: the reductions need it.
+  for (int64_t first = blockIdx.x / plan.blocks * static_cast<int64_t>(plan.rows()); first < p.rows;
+       first += gridDim.x / plan.blocks * static_cast<int64_t>(plan.rows())) {
+    const bool exists = first + seat.row < p.rows;
+    const int64_t row = exists ? first + seat.row : first;
+    const RowTarget<A> target = exists ? RowTarget<A>(p, row) : RowTarget<A>();
+    // An ignored row is read only for what does not depend on the target.
+    const int64_t classes = exists && (target.kept || p.lse) ? p.classes : 0;
+    const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, classes);
+    const A z_target = target_logit<A, T>(p, row, target);  // before the gradient may replace it
+
+    RowState<A> state;
+    const auto read = [&](int64_t c, int turn) {
+      const Whole whole = walk.template read<Walk::kSize>(c);
+      if (kGrad && plan.kept > 0) {
+        kept[turn * plan.threads] = whole;
+      }
+      return whole;
+    };
+    const Coefficients<T> coefficients(p, row);
+    for_each_piece<Walk::kBatch>(walk, rank, ranks, read, [&](int64_t c, const auto& piece) {
+      constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
+      A z[kSize];
+      unpack(piece, z);
+      if constexpr (kLinear) {
+        A a[kSize];
+        coefficients.read(c, a);
+        push(state, z, a);
+      } else {
+        push(state, z);
+      }
+    });
+    state = sum_in_block<Walk, kLinear>(state, plan, states);
+    if (plan.cluster) {
+      state = sum_in_cluster<kLinear>(state, plan, states);
+    } else if (plan.blocks > 1) {
+      if (seat.lane == 0 && exists) {
+        Workspace(p.workspace).template parts<A>()[row * plan.blocks + seat.block] = state;
+      }
+      continue;
+    }
+    if (rank == 0 && exists) {
+      finish(p, row, target, z_target, state);
+    }
+    if constexpr (kGrad) {
+      const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
+                     exists ? p.classes : 0);
+      const RowGradient<A> gradient = make_row_gradient<A>(state.exps, state.coefficients + target.coefficient,
+                                                           target.kept ? upstream_of<A>(p, row) : A(0), 0);
+      const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
+      const auto read_again = [&](int64_t c, int turn) {
+        return plan.kept > 0 ? kept[turn * plan.threads] : target.kept ? out.template read<Walk::kSize>(c) : Whole();
+      };
+      for_each_piece<1>(out, rank, ranks, read_again, [&](int64_t c, const auto& piece) {
+        write_gradient<kLinear>(grad, c, piece, target.kept, target, coefficients, gradient);
+      });
+    }
+  }
+}
+
+// What blocks have found of the rows that they share, a warp for each row.
+template <typename T, bool kLinear>
+__global__ void __launch_bounds__(kMaxThreads)
+    merge_parts(const __grid_constant__ Problem p, const __grid_constant__ int blocks) {
+  using A = Acc<T>;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  if (row >= p.rows) {
+    return;
+  }
+  const RowState<A>* const parts = Workspace(p.workspace).template parts<A>() + row * blocks;
+  RowState<A> state;
+  for (int part = threadIdx.x % kWarp; part < blocks; part += kWarp) {
+    state = state.merge(parts[part]);
+  }
+  state = sum_of_lanes<kLinear>(state, kWarp);
+  if (threadIdx.x % kWarp == 0) {
+    const RowTarget<A> target(p, row);
+    finish(p, row, target, target_logit<A, T>(p, row, target), state);
+  }
+}
+
+template <typename Walk, bool kLinear>
+void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
+  using A = Acc<typename Walk::Element>;
+  const bool merges = plan.blocks > 1 && !plan.cluster;
+  const int64_t tiles = std::min((p.rows + plan.rows() - 1) / plan.rows(), kMaxBlocks / plan.blocks);
+  Grid grid{tiles * plan.blocks, plan.threads, plan.cluster ? plan.blocks : 1};
+  grid.shared = shared_states<Walk>(plan) * sizeof(RowState<A>) +
+                static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
+  launch(p.grad.data && !merges ? forward_rows<Walk, true, kLinear> : forward_rows<Walk, false, kLinear>, grid, stream,
+         p, plan);
+  if (merges) {
+    constexpr int kRows = 8;  // of a block
+    launch(merge_parts<typename Walk::Element, kLinear>, {(p.rows + kRows - 1) / kRows, kRows * kWarp}, stream, p,
+           plan.blocks);
+  }
+}
+
+template <typename Walk>
+void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
+  has_coefficients(p) ? launch_rows<Walk, true>(p, plan, stream) : launch_rows<Walk, false>(p, plan, stream);
+}
+
+}  // namespace
+
+void forward(const Problem& problem, const Plan& plan, Stream stream) {
+  dispatch(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    Problem p = problem;
+    const bool grad_needs_a_pass = p.grad.data && plan.blocks > 1 && !plan.cluster;
+    if (grad_needs_a_pass && !p.max) {
+      p.max = Workspace(p.workspace).template exps<Acc<T>>();
+      p.sum = static_cast<Acc<T>*>(p.max) + p.rows;
+    }
+    if (p.grad.data && p.divides_by_weight) {
+      sum_rows(p, /*losses=*/false, stream);
+    }
+    walks_along(p) ? launch_rows<Along<T>>(p, plan, stream) : launch_rows<Across<T>>(p, plan, stream);
+    if (grad_needs_a_pass) {
+      map_gradient(p, plan_backward(p, current_device()), stream);
+    }
+    if (p.total) {
+      sum_rows(p, /*losses=*/true, stream);
+    }
+  });
+}
+
+void forward(const Problem& p, Stream stream) {
+  forward(p, plan_forward(p, current_device()), stream);
+}
+
+}  // namespace ce::cuda

@@ -1,0 +1,99 @@
+// The tables of sizes.
+
+#include "plan.h"
+
+#include <algorithm>
+
+#include "reduce.cuh"
+#include "workspace.h"
+
+namespace ce::cuda {
+namespace {
+
+// Pieces that a thread should have of a row: as many as it has under way together.
+constexpr int64_t kPieces = 4;
+// Rows up to this many pieces take a warp or less, longer ones a whole block.
+constexpr int64_t kWarpRow = 256;
+constexpr int kSmallBlock = 128;
+constexpr int kFewLanes = 8;
+// Bytes of a row that a block keeps at most if it can share the row with others: three such blocks fit a
+// multiprocessor, so that one reads while another writes.
+constexpr int64_t kBlockKeeps = 64 << 10;
+// A row that has a multiprocessor to itself is shared as long as each thread has at least so many pieces.
+constexpr int64_t kWorthSharing = 8;
+
+int64_t power_of_two(int64_t at_least) {
+  int64_t power = 1;
+  while (power < at_least) {
+    power *= 2;
+  }
+  return power;
+}
+
+int64_t size_of(DType dtype) {
+  return dispatch(dtype, [](auto element) -> int64_t { return sizeof(element); });
+}
+
+int64_t pieces_of(const Problem& p) {
+  return walks_along(p) ? p.classes * size_of(p.dtype) / 16 : p.classes;
+}
+
+// Lanes for a row, blocks for few rows.
+Plan plan_threads(const Problem& p, const Device& device) {
+  const int64_t pieces = pieces_of(p);
+  Plan plan;
+  if (walks_along(p)) {
+    plan.lanes =
+        static_cast<int>(std::clamp<int64_t>(power_of_two((pieces + kPieces - 1) / kPieces), kFewLanes, kWarp));
+    if (pieces > kWarpRow) {
+      plan.threads = static_cast<int>(std::clamp<int64_t>(power_of_two(pieces / kPieces), kSmallBlock, kMaxThreads));
+      plan.lanes = plan.threads;
+    }
+  } else if (std::abs(p.logits.class_stride) < std::abs(p.logits.strides[p.dims - 1])) {
+    // Neighbouring classes are nearer than neighbouring rows.
+    plan.threads = plan.lanes = static_cast<int>(std::clamp<int64_t>(power_of_two(p.classes), kWarp, plan.threads));
+  } else {
+    // A warp takes neighbouring rows; the warps of a block share them if there are too few rows otherwise.
+    const int64_t line = power_of_two(p.sizes[p.dims - 1]);
+    const bool few = p.rows < int64_t{2} * plan.threads * device.multiprocessors && p.classes > kWarp;
+    plan.lanes = plan.threads /
+                 static_cast<int>(std::clamp<int64_t>(few ? std::min<int64_t>(line, kWarp) : line, 1, plan.threads));
+    plan.lanes = static_cast<int>(std::min(int64_t{plan.lanes}, power_of_two(p.classes)));
+  }
+  const int64_t tiles = (p.rows + plan.rows() - 1) / plan.rows();
+  while (tiles * plan.blocks < device.multiprocessors && 2 * p.rows * plan.blocks <= kMaxParts &&
+         plan.lanes == plan.threads && pieces / (int64_t{plan.lanes} * plan.blocks) >= 2 * kWorthSharing) {
+    plan.blocks *= 2;
+  }
+  return plan;
+}
+
+}  // namespace
+
+Plan plan_forward(const Problem& p, const Device& device) {
+  Plan plan = plan_threads(p, device);
+  const bool along = walks_along(p);
+  const int64_t pieces = pieces_of(p);
+  const int64_t bytes = p.classes * size_of(p.dtype);
+  const bool whole_block = along && plan.lanes == plan.threads;
+  while (p.grad.data && whole_block && plan.blocks < device.max_cluster && bytes / plan.blocks > kBlockKeeps) {
+    plan.blocks *= 2;
+  }
+  plan.cluster = along && plan.blocks > 1 && plan.blocks <= device.max_cluster;
+  if (p.grad.data && (plan.blocks == 1 || plan.cluster)) {
+    const int64_t ranks = int64_t{plan.lanes} * plan.blocks;
+    const int64_t kept = (pieces + ranks - 1) / ranks;
+    const int64_t piece = along ? 16 : size_of(p.dtype);
+    const int64_t states = int64_t{plan.threads} * sizeof(RowState<double>);
+    if (kept * piece * plan.threads + states <= device.shared_memory) {
+      plan.kept = static_cast<int>(kept);
+    }
+  }
+  return plan;
+}
+
+Plan plan_backward(const Problem& p, const Device& device) {
+  return plan_threads(p, device);
+}
+
+}  // namespace ce::cuda

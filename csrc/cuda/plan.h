@@ -1,0 +1,44 @@
+// Which threads take which rows.
+#pragma once
+
+#include "../kernels.h"
+#include "../max_sum.h"
+
+namespace ce::cuda {
+
+// What the choice depends on, besides the problem.
+struct Device {
+  int multiprocessors;
+  int shared_memory;  // bytes that a block may have
+  int max_cluster;    // blocks; 1 where there are no clusters
+};
+
+struct Plan {
+  int threads = 256;     // of a block; a power of two
+  int lanes = 32;        // threads of a block that share a row; a power of two
+  int blocks = 1;        // that share a row; a power of two; more than one only where lanes = threads
+  bool cluster = false;  // whether those are one cluster; otherwise a second kernel merges what they find
+  int kept = 0;          // pieces that each thread keeps in shared memory for the gradient; 0: it reads the row again
+
+  CE_HOST_DEVICE int rows() const { return threads / lanes; }  // of a block
+};
+
+// Whether threads walk along a row, whose classes lie next to each other, or across rows.
+inline bool walks_along(const Problem& p) {
+  return p.logits.class_stride == 1;
+}
+
+// For the forward pass, with or without the gradient in it, and for a pass that maps each logit to its gradient.
+Plan plan_forward(const Problem&, const Device&);
+Plan plan_backward(const Problem&, const Device&);
+
+// What the functions of kernels.h do with the plans for the current device.
+void forward(const Problem&, const Plan&, Stream);
+void backward(const Problem&, const Plan&, Stream);
+
+// The steps that they share. The divisor of the mean, where it is the kept rows' weight, and, with `losses`, `total`:
+void sum_rows(const Problem&, bool losses, Stream);
+// The gradient of the logits, where the divisor is known.
+void map_gradient(const Problem&, const Plan&, Stream);
+
+}  // namespace ce::cuda

@@ -1,0 +1,97 @@
+// From what each thread has of a row to what the row has: through the lanes of a warp, the warps of a block, the blocks
+// of a cluster. The order is fixed, so the bits of a result are too.
+#pragma once
+
+#include "row.cuh"
+
+namespace ce::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kMaxThreads = 256;  // of a block
+
+// Blocks that a multiprocessor is to hold at a time, which bounds the registers of a thread: as many as there are on
+// every chip without spilling. `kBurden` counts what a kernel does besides one pass of exponentials.
+template <typename T, int kBurden>
+constexpr int kBlocks = sizeof(T) == 8 || kBurden > 1 ? 2 : 4 - kBurden;
+
+template <typename V>
+CE_DEVICE V sum_of_lanes(V value, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, offset, width);
+  }
+  return value;
+}
+
+template <typename V>
+CE_DEVICE V max_of_lanes(V value, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    value = std::fmax(value, __shfl_xor_sync(kAllLanes, value, offset, width));
+  }
+  return value;
+}
+
+// Of `width` neighbouring lanes, for each of them: a power of two up to a warp. `kLinear` tells whether anything but
+// the exponentials is summed.
+template <bool kLinear, typename A>
+CE_DEVICE RowState<A> sum_of_lanes(RowState<A> state, int width) {
+  state.raise(max_of_lanes(state.exps.max, width));
+  state.exps.sum = sum_of_lanes(state.exps.sum, width);
+  if constexpr (kLinear) {
+    state.linear = sum_of_lanes(state.linear, width);
+    state.coefficients = sum_of_lanes(state.coefficients, width);
+  }
+  return state;
+}
+
+// Shared memory that the reduction needs, in states.
+template <typename Walk>
+CE_HOST_DEVICE int shared_states(const Plan& plan) {
+  return Walk::kSize > 1 ? plan.threads / kWarp + 1 : plan.threads;
+}
+
+// Of all threads that share a row in this block, for each of them. All threads of the block have to call it.
+template <typename Walk, bool kLinear, typename A>
+CE_DEVICE RowState<A> sum_in_block(RowState<A> state, const Plan& plan, RowState<A>* shared) {
+  const int thread = threadIdx.x;
+  if constexpr (Walk::kSize > 1) {
+    state = sum_of_lanes<kLinear>(state, plan.lanes < kWarp ? plan.lanes : kWarp);
+    const int warps = plan.lanes / kWarp;
+    if (warps > 1) {
+      if (thread % kWarp == 0) {
+        shared[thread / kWarp] = state;
+      }
+      __syncthreads();
+      state = sum_of_lanes<kLinear>(shared[thread % warps], warps);
+      __syncthreads();
+    }
+  } else if (plan.lanes > 1) {
+    const int rows = plan.rows();
+    shared[thread] = state;
+    for (int threads = plan.threads / 2; threads >= rows; threads /= 2) {
+      __syncthreads();
+      if (thread < threads) {
+        shared[thread] = shared[thread].merge(shared[thread + threads]);
+      }
+    }
+    __syncthreads();
+    state = shared[thread % rows];
+    __syncthreads();
+  }
+  return state;
+}
+
+// Of the blocks of a cluster, whose one row it is, for each of their threads.
+template <bool kLinear, typename A>
+CE_DEVICE RowState<A> sum_in_cluster(RowState<A> state, const Plan& plan, RowState<A>* shared) {
+  RowState<A>* const mine = shared + plan.threads / kWarp;
+  if (threadIdx.x == 0) {
+    *mine = state;
+  }
+  cluster_barrier();
+  state = sum_of_lanes<kLinear>(*in_block(mine, threadIdx.x % plan.blocks), plan.blocks);
+  cluster_barrier();  // nobody leaves, or writes there again, before all have read
+  return state;
+}
+
+}  // namespace ce::cuda

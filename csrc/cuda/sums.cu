@@ -1,0 +1,123 @@
+// Sums over all rows: the loss, and the class weights that a mean divides by. Two stages of fixed order.
+
+#include "reduce.cuh"
+#include "target.cuh"
+
+namespace ce::cuda {
+namespace {
+
+constexpr int kSumThreads = 512;
+constexpr int64_t kOneBlock = 1 << 15;  // rows that one block sums
+
+template <typename A>
+CE_DEVICE RowSums sums_of(const Problem& p, int64_t row, bool losses, bool weights) {
+  RowSums sums;
+  if (losses) {
+    sums.loss = static_cast<const A*>(p.loss)[row];
+  }
+  if (weights) {
+    const int64_t target = read_target(p, row);
+    sums.weight = judge(p, target) == Verdict::kKept ? class_weight<A>(p, target) : A(0);
+  }
+  return sums;
+}
+
+CE_DEVICE void add(RowSums& to, const RowSums& sums) {
+  to.loss += sums.loss;
+  to.weight += sums.weight;
+}
+
+CE_DEVICE RowSums sum_in_warp(RowSums sums) {
+  return {sum_of_lanes(sums.loss, kWarp), sum_of_lanes(sums.weight, kWarp)};
+}
+
+// For thread 0.
+CE_DEVICE RowSums sum_in_block(RowSums sums) {
+  RowSums* const shared = static_cast<RowSums*>(shared_memory());
+  sums = sum_in_warp(sums);
+  if (threadIdx.x % kWarp == 0) {
+    shared[threadIdx.x / kWarp] = sums;
+  }
+  __syncthreads();
+  return threadIdx.x < kWarp ? sum_in_warp(threadIdx.x < kSumThreads / kWarp ? shared[threadIdx.x] : RowSums()) : sums;
+}
+
+template <typename A>
+CE_DEVICE void write(const Problem& p, const RowSums& sums, bool losses, bool weights) {
+  A* const divisor = Workspace(p.workspace).template divisor<A>();
+  if (weights) {
+    *divisor = static_cast<A>(sums.weight);
+  }
+  if (losses) {
+    store_from_double(sums.loss / (p.divides_by_weight ? double(*divisor) : p.divisor), p.total, p.total_type);
+  }
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_all_rows(const __grid_constant__ Problem p, const __grid_constant__ bool losses,
+                 const __grid_constant__ bool weights) {
+  constexpr int kBatch = 4;  // rows that a thread has under way together
+  RowSums sums;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kSumThreads;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; first < p.rows;
+       first += kBatch * threads) {
+    RowSums batch[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i * threads < p.rows) {
+        batch[i] = sums_of<A>(p, first + i * threads, losses, weights);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      add(sums, batch[i]);
+    }
+  }
+  sums = sum_in_block(sums);
+  if (threadIdx.x == 0) {
+    if (gridDim.x == 1) {
+      write<A>(p, sums, losses, weights);
+    } else {
+      Workspace(p.workspace).sums()[blockIdx.x] = sums;
+    }
+  }
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_blocks(const __grid_constant__ Problem p, const __grid_constant__ int blocks,
+               const __grid_constant__ bool losses, const __grid_constant__ bool weights) {
+  const RowSums* const partial = Workspace(p.workspace).sums();
+  const RowSums sums = sum_in_block(threadIdx.x < blocks ? partial[threadIdx.x] : RowSums());
+  if (threadIdx.x == 0) {
+    write<A>(p, sums, losses, weights);
+  }
+}
+
+template <typename A>
+void sum_rows(const Problem& p, bool losses, bool weights, Stream stream) {
+  const int64_t blocks = p.rows <= kOneBlock ? 1 : kSumBlocks;
+  const Grid block{1, kSumThreads, 1, kSumThreads / kWarp * sizeof(RowSums)};
+  Grid grid = block;
+  grid.blocks = blocks;
+  launch(sum_all_rows<A>, grid, stream, p, losses, weights);
+  if (blocks > 1) {
+    launch(sum_blocks<A>, block, stream, p, static_cast<int>(blocks), losses, weights);
+  }
+}
+
+}  // namespace
+
+void sum_rows(const Problem& p, bool losses, Stream stream) {
+  // A gradient in the forward pass has needed the divisor before.
+  const bool weights = p.divides_by_weight && !(losses && p.grad.data);
+  p.dtype == DType::kFloat64 ? sum_rows<double>(p, losses, weights, stream)
+                             : sum_rows<float>(p, losses, weights, stream);
+}
+
+int64_t workspace_size(const Problem&) {
+  return Workspace::kSize;
+}
+
+}  // namespace ce::cuda

@@ -1,0 +1,128 @@
+// What a row's target asks of the loss: its coefficients, its upstream gradient.
+#pragma once
+
+#include "row.cuh"
+#include "workspace.h"
+
+namespace ce::cuda {
+
+enum class Verdict { kKept, kIgnored, kOutOfBounds };
+
+CE_DEVICE Verdict judge(const Problem& p, int64_t target) {
+  return target == p.ignore_index            ? Verdict::kIgnored
+         : target < 0 || target >= p.classes ? Verdict::kOutOfBounds
+                                             : Verdict::kKept;
+}
+
+template <typename A>
+CE_DEVICE A class_weight(const Problem& p, int64_t c) {
+  return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
+}
+
+template <typename A>
+struct RowTarget {
+  int64_t index = -1;  // none: ignored, out of bounds, or the target is probabilities
+  A coefficient = 0;   // that only the index has; NaN out of bounds, so that loss and gradient become NaN
+  bool kept = false;
+
+  RowTarget() = default;
+  CE_DEVICE RowTarget(const Problem& p, int64_t row) : kept(true) {
+    if (p.target_type != TargetType::kProbabilities) {
+      const int64_t value = read_target(p, row);
+      const Verdict verdict = judge(p, value);
+      kept = verdict != Verdict::kIgnored;
+      if (verdict == Verdict::kKept) {
+        index = value;
+        coefficient = smoothing_of<A>(p).keep * class_weight<A>(p, index);
+      } else if (verdict == Verdict::kOutOfBounds) {
+        coefficient = NAN;
+      }
+    }
+  }
+};
+
+// The coefficients that a row's classes have besides that of an index.
+template <typename T>
+class Coefficients {
+ public:
+  using A = Acc<T>;
+
+  CE_DEVICE Coefficients(const Problem& p, int64_t row)
+      : p_(p),
+        smoothing_(smoothing_of<A>(p)),
+        probabilities_(p.target_type == TargetType::kProbabilities
+                           ? static_cast<const T*>(p.target.data) + row_offset(p, row, p.target.strides)
+                           : nullptr,
+                       p.target.class_stride) {}
+
+  template <int kSize>
+  CE_DEVICE void read(int64_t c, A (&coefficients)[kSize]) const {
+    if (p_.target_type == TargetType::kProbabilities) {
+      T q[kSize];
+      probabilities_.read(c, q);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        coefficients[i] = smoothing_.coefficient(class_weight<A>(p_, c + i), A(to_accumulator(q[i])));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        coefficients[i] = smoothing_.background(class_weight<A>(p_, c + i));
+      }
+    }
+  }
+
+ private:
+  const Problem& p_;
+  Smoothing<A> smoothing_;
+  Companion<const T> probabilities_;
+};
+
+// The upstream gradient of a row's loss over the divisor of the reduction.
+template <typename A>
+CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
+  const A divisor = p.divides_by_weight ? *Workspace(p.workspace).template divisor<A>() : static_cast<A>(p.divisor);
+  const Input& grad = p.grad_loss;
+  return grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) / divisor
+                   : A(1) / divisor;
+}
+
+template <typename A>
+CE_DEVICE A upstream_lse_of(const Problem& p, int64_t row) {
+  const Input& grad = p.grad_lse;
+  return grad.data ? static_cast<const A*>(grad.data)[row_offset(p, row, grad.strides)] : A(0);
+}
+
+// Writes the gradient of a piece of a row from class c on; 0 where the row is not kept. `kLinear` tells whether classes
+// other than the target's index have coefficients.
+template <bool kLinear, typename T, int kSize>
+CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T, kSize>& piece, bool kept,
+                              const RowTarget<Acc<T>>& target, const Coefficients<T>& coefficients,
+                              const RowGradient<Acc<T>>& row) {
+  using A = Acc<T>;
+  A values[kSize];
+  unpack(piece, values);
+  A a[kSize] = {};
+  if constexpr (kLinear) {
+    coefficients.read(c, a);
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const A exp = exponential(values[i] - row.max);
+    values[i] = kLinear ? row.element(exp, a[i], row.scale, row.upstream) : row.scale * exp;
+  }
+  if (target.index >= c && target.index - c < kSize) {
+    const int at = static_cast<int>(target.index - c);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      values[i] -= i == at ? row.upstream * target.coefficient : A(0);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    values[i] = kept ? values[i] : A(0);
+  }
+  grad.write(c, pack<T, kSize>(values));
+}
+
+}  // namespace ce::cuda

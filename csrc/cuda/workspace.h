@@ -1,0 +1,47 @@
+// How a call's workspace is laid out.
+#pragma once
+
+#include <cstddef>
+
+#include "../row_loss.h"
+
+namespace ce::cuda {
+
+constexpr int kSumBlocks = 128;     // that share a sum over rows
+constexpr int kMaxParts = 1 << 12;  // of rows that blocks share without a cluster, rows times blocks
+
+// What is summed over rows.
+struct RowSums {
+  double loss = -0.0;  // the identity of addition, so that a total of losses of −0 is −0
+  double weight = 0;
+};
+
+class Workspace {
+ public:
+  CE_HOST_DEVICE explicit Workspace(void* data) : data_(static_cast<char*>(data)) {}
+
+  template <typename A>
+  CE_HOST_DEVICE A* divisor() const {
+    return reinterpret_cast<A*>(data_);
+  }
+  CE_HOST_DEVICE RowSums* sums() const { return reinterpret_cast<RowSums*>(data_ + kSums); }
+  template <typename A>
+  CE_HOST_DEVICE RowState<A>* parts() const {
+    return reinterpret_cast<RowState<A>*>(data_ + kParts);
+  }
+  // (rows) maxima and sums, for the gradient of rows that blocks share.
+  template <typename A>
+  CE_HOST_DEVICE A* exps() const {
+    return reinterpret_cast<A*>(data_ + kExps);
+  }
+
+  static constexpr int64_t kSums = 16;
+  static constexpr int64_t kParts = kSums + kSumBlocks * sizeof(RowSums);
+  static constexpr int64_t kExps = kParts + kMaxParts * sizeof(RowState<double>);
+  static constexpr int64_t kSize = kExps + kMaxParts * sizeof(double);
+
+ private:
+  char* data_;
+};
+
+}  // namespace ce::cuda
