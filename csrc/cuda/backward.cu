@@ -14,7 +14,7 @@ CE_DEVICE MaxSum<A> exps_of(const Problem& p, int64_t row) {
 
 // Σ of the coefficients of a row's classes, but for that of an index.
 template <typename Walk>
-CE_DEVICE Acc<typename Walk::Element> sum_of_coefficients(const Problem& p, const Plan& plan, const Walk& walk,
+CE_DEVICE Acc<typename Walk::Element> sum_of_coefficients(const Plan& plan, const Walk& walk,
                                                           const Coefficients<typename Walk::Element>& coefficients,
                                                           int lane) {
   using T = typename Walk::Element;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     const Coefficients<T> coefficients(p, row);
     A sum = target.coefficient;
     if constexpr (kLinear) {
-      sum += sum_of_coefficients(p, plan, walk, coefficients, seat.lane);
+      sum += sum_of_coefficients(plan, walk, coefficients, seat.lane);
     }
     const RowGradient<A> gradient = make_row_gradient<A>(
         exps_of<A>(p, row), sum, target.kept ? upstream_of<A>(p, row) : A(0), upstream_lse_of<A>(p, row));

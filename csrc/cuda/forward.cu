@@ -9,8 +9,7 @@ namespace {
 template <typename A, int kSize>
 CE_DEVICE void push(RowState<A>& state, const A (&z)[kSize]) {
   A top = z[0];
-#pragma unroll
-  for (int i = 1; i < kSize; ++i) {
+  CE_UNROLL for (int i = 1; i < kSize; ++i) {
     top = std::fmax(top, z[i]);
   }
   if (top > state.exps.max) {
@@ -18,8 +17,7 @@ CE_DEVICE void push(RowState<A>& state, const A (&z)[kSize]) {
   }
   const A reference = state.exps.reference();
   A sum = 0;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+  CE_UNROLL for (int i = 0; i < kSize; ++i) {
     sum += exponential(z[i] - reference);
   }
   state.exps.sum += sum;
@@ -29,8 +27,7 @@ template <typename A, int kSize>
 CE_DEVICE void push(RowState<A>& state, const A (&z)[kSize], const A (&coefficients)[kSize]) {
   push(state, z);
   const A reference = state.exps.reference();
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+  CE_UNROLL for (int i = 0; i < kSize; ++i) {
     state.linear += coefficients[i] * (z[i] - reference);
     state.coefficients += coefficients[i];
   }

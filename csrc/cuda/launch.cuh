@@ -18,6 +18,11 @@
 #endif
 
 #define CE_DEVICE __device__ __forceinline__
+#ifdef CE_EMULATE
+#define CE_UNROLL
+#else
+#define CE_UNROLL _Pragma("unroll")
+#endif
 
 namespace ce::cuda {
 

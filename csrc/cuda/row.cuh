@@ -132,14 +132,12 @@ CE_DEVICE void for_each_piece(const Walk& walk, int64_t rank, int64_t ranks, Rea
   const int64_t step = ranks * Walk::kSize;
   for (int turn = 0; turn < turns; turn += kBatch, c += kBatch * step) {
     Whole batch[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (turn + i < turns) {
         batch[i] = read(c + i * step, turn + i);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (turn + i < turns) {
         f(c + i * step, batch[i]);
       }
@@ -164,13 +162,11 @@ class Companion {
   CE_DEVICE void read(int64_t c, std::remove_const_t<T> (&elements)[kSize]) const {
     if (is_whole<kSize>(c)) {
       const auto piece = load<std::remove_const_t<T>, kSize>(data_ + c);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
+      CE_UNROLL for (int i = 0; i < kSize; ++i) {
         elements[i] = piece.elements[i];
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
+      CE_UNROLL for (int i = 0; i < kSize; ++i) {
         elements[i] = data_[(c + i) * stride_];
       }
     }
@@ -181,8 +177,7 @@ class Companion {
     if (is_whole<kSize>(c)) {
       store(data_ + c, piece);
     } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
+      CE_UNROLL for (int i = 0; i < kSize; ++i) {
         data_[(c + i) * stride_] = piece.elements[i];
       }
     }
@@ -200,8 +195,7 @@ class Companion {
 
 template <typename T, int kSize>
 CE_DEVICE void unpack(const Piece<T, kSize>& piece, Acc<T> (&values)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+  CE_UNROLL for (int i = 0; i < kSize; ++i) {
     values[i] = to_accumulator(piece.elements[i]);
   }
 }
@@ -209,8 +203,7 @@ CE_DEVICE void unpack(const Piece<T, kSize>& piece, Acc<T> (&values)[kSize]) {
 template <typename T, int kSize>
 CE_DEVICE Piece<T, kSize> pack(const Acc<T> (&values)[kSize]) {
   Piece<T, kSize> piece;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+  CE_UNROLL for (int i = 0; i < kSize; ++i) {
     from_accumulator(values[i], piece.elements[i]);
   }
   return piece;

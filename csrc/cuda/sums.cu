@@ -63,14 +63,12 @@ __global__ void __launch_bounds__(kSumThreads)
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; first < p.rows;
        first += kBatch * threads) {
     RowSums batch[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (first + i * threads < p.rows) {
         batch[i] = sums_of<A>(p, first + i * threads, losses, weights);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       add(sums, batch[i]);
     }
   }
@@ -89,7 +87,7 @@ __global__ void __launch_bounds__(kSumThreads)
     sum_blocks(const __grid_constant__ Problem p, const __grid_constant__ int blocks,
                const __grid_constant__ bool losses, const __grid_constant__ bool weights) {
   const RowSums* const partial = Workspace(p.workspace).sums();
-  const RowSums sums = sum_in_block(threadIdx.x < blocks ? partial[threadIdx.x] : RowSums());
+  const RowSums sums = sum_in_block(static_cast<int>(threadIdx.x) < blocks ? partial[threadIdx.x] : RowSums());
   if (threadIdx.x == 0) {
     write<A>(p, sums, losses, weights);
   }

@@ -60,13 +60,11 @@ class Coefficients {
     if (p_.target_type == TargetType::kProbabilities) {
       T q[kSize];
       probabilities_.read(c, q);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
+      CE_UNROLL for (int i = 0; i < kSize; ++i) {
         coefficients[i] = smoothing_.coefficient(class_weight<A>(p_, c + i), A(to_accumulator(q[i])));
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
+      CE_UNROLL for (int i = 0; i < kSize; ++i) {
         coefficients[i] = smoothing_.background(class_weight<A>(p_, c + i));
       }
     }
@@ -106,20 +104,17 @@ CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T
   if constexpr (kLinear) {
     coefficients.read(c, a);
   }
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+  CE_UNROLL for (int i = 0; i < kSize; ++i) {
     const A exp = exponential(values[i] - row.max);
     values[i] = kLinear ? row.element(exp, a[i], row.scale, row.upstream) : row.scale * exp;
   }
   if (target.index >= c && target.index - c < kSize) {
     const int at = static_cast<int>(target.index - c);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
+    CE_UNROLL for (int i = 0; i < kSize; ++i) {
       values[i] -= i == at ? row.upstream * target.coefficient : A(0);
     }
   }
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+  CE_UNROLL for (int i = 0; i < kSize; ++i) {
     values[i] = kept ? values[i] : A(0);
   }
   grad.write(c, pack<T, kSize>(values));
