@@ -125,7 +125,8 @@ struct Warp {
   Pending pending[kWarp] = {};
 };
 
-// Two tokens are enough for a barrier: no thread reaches the next but one before all have left this one.
+// Tokens are addresses to acquire and release for ThreadSanitizer. A barrier needs two: no thread reaches the next but
+// one before all have left this one.
 struct Barrier {
   unsigned arrived = 0, phase = 0;
   uint64_t tokens[2] = {};
@@ -317,9 +318,11 @@ void exit_thread(Thread& thread) {
   const unsigned bit = 1u << thread.lane;
   if (block.barrier.arrived) fail("exits while %u threads of its block wait at __syncthreads", block.barrier.arrived);
   if (thread.arrived) fail("exits after __cluster_barrier_arrive without __cluster_barrier_wait");
-  if (cluster.barrier.arrived)
+  if (cluster.barrier.arrived) {
     fail("exits while %u threads have arrived at the cluster barrier", cluster.barrier.arrived);
-  for (const Pending& pending : warp.pending) {
+  }
+  for (unsigned used = warp.used; used; used &= used - 1) {
+    const Pending& pending = warp.pending[__builtin_ctz(used)];
     if ((pending.mask & bit) && pending.arrived != pending.mask) {
       fail("exits while others wait for it at %s with mask 0x%08x", kOpNames[int(pending.op)], pending.mask);
     }
@@ -405,6 +408,7 @@ void start_cluster(uint3 first) {
 
 void run_cluster(uint3 first) {
   start_cluster(first);
+  // Nothing is acquired before the end of the launch: its clusters are not ordered.
   release(&launch_->begin_token);
   std::vector<Warp>& warps = launch_->cluster->warps;
   while (launch_->cluster->exited < launch_->running()) {

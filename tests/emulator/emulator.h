@@ -2,8 +2,12 @@
 // those of a cluster together, all on the thread that calls launch(). Whatever CUDA leaves undefined and this can see
 // ends the process with a line on stderr.
 //
-// CE_EMULATOR_ORDER=forward|reverse|random is the order in which threads and blocks get to run. The sanitizers know the
-// fibers: under ThreadSanitizer only what orders memory in CUDA orders it here.
+// CE_EMULATOR_ORDER=forward|reverse|random is the order in which threads and blocks get to run. Kernels may be compiled
+// with sanitizers; emulator.cpp must not be, and finds them when it runs. Under ThreadSanitizer only what orders memory
+// in CUDA orders it here: barriers, __syncwarp, and fences around atomic operations, but no shuffle and no vote.
+//
+// Stricter than devices: threads that have exited count as missing at every barrier and in every mask. No thread may
+// spin for another one, which would not get to run.
 #pragma once
 
 #include <cstddef>
