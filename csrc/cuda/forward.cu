@@ -33,15 +33,17 @@ CE_DEVICE void push(RowState<A>& state, const A (&z)[kSize], const A (&coefficie
   }
 }
 
-// Waits for other threads that report only, which takes nobody who does not.
+// Waits for other threads that report, and only for them.
 CE_DEVICE void report(BadTarget* record, int64_t row, int64_t target) {
-  while (*static_cast<volatile int64_t*>(&record->row) > row) {
+  const auto reported = reinterpret_cast<unsigned long long*>(&record->row);
+  const auto mine = static_cast<unsigned long long>(row);
+  while (atomicAdd(reported, 0) > mine) {
     if (atomicCAS(&record->lock, 0, 1) == 0) {
       __threadfence_system();
-      if (*static_cast<volatile int64_t*>(&record->row) > row) {
-        *static_cast<volatile int64_t*>(&record->target) = target;
+      if (atomicAdd(reported, 0) > mine) {
+        record->target = target;
         __threadfence_system();
-        *static_cast<volatile int64_t*>(&record->row) = row;
+        atomicExch(reported, mine);
       }
       __threadfence_system();
       atomicExch(&record->lock, 0);
@@ -101,7 +103,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (
     // An ignored row is read only for what does not depend on the target.
     const int64_t classes = exists && (target.kept || p.lse) ? p.classes : 0;
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, classes);
-    const A z_target = target_logit<A, T>(p, row, target);  // before the gradient may replace it
+    // For the row's first thread, before the gradient may replace it.
+    const A z_target = rank == 0 ? target_logit<A, T>(p, row, target) : A(0);
 
     RowState<A> state;
     const auto read = [&](int64_t c, int turn) {

@@ -50,7 +50,8 @@ CE_HOST_DEVICE int shared_states(const Plan& plan) {
   return Walk::kSize > 1 ? plan.threads / kWarp + 1 : plan.threads;
 }
 
-// Of all threads that share a row in this block, for each of them. All threads of the block have to call it.
+// Of all threads that share a row in this block, for each of them. All threads of the block have to call it. It orders
+// memory: what they have read of the row before may be overwritten after.
 template <typename Walk, bool kLinear, typename A>
 CE_DEVICE RowState<A> sum_in_block(RowState<A> state, const Plan& plan, RowState<A>* shared) {
   const int thread = threadIdx.x;
@@ -64,6 +65,8 @@ CE_DEVICE RowState<A> sum_in_block(RowState<A> state, const Plan& plan, RowState
       __syncthreads();
       state = sum_of_lanes<kLinear>(shared[thread % warps], warps);
       __syncthreads();
+    } else {
+      __syncwarp();
     }
   } else if (plan.lanes > 1) {
     const int rows = plan.rows();
