@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 SANITIZED := autograd cross_entropy errors large_gradients special_values
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test check sanitize bench clean
+.PHONY: demo test check sanitize bench resources clean
 
 demo: $(VENV)/built
 	$(RUN) -m examples
@@ -22,7 +22,7 @@ check: $(VENV)/built
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 # The operator tests with the C++ under AddressSanitizer and UBSan, which have to be loaded before Python itself and
 # report to a standard error that pytest must not swallow. The processor's own kernels run once, not for both ways to read.
@@ -35,6 +35,11 @@ sanitize: $(VENV)/built
 
 bench: $(VENV)/built
 	$(RUN) -m bench
+
+# Registers, shared and local memory of the CUDA kernels that were built.
+resources: $(VENV)/built
+	$(RUN) -m pip install -q nvidia-cuda-cuobjdump==13.5.37
+	$(RUN) -m bench.resources
 
 $(VENV)/built: $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)

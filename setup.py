@@ -1,14 +1,28 @@
-"""Builds the extension `cross_entropy._C`. CROSS_ENTROPY_SANITIZE=address,undefined builds it with sanitizers."""
+"""Builds the extension `cross_entropy._C`: C++, and the CUDA kernels when nvcc is there.
+
+Environment variables:
+    CUDA_HOME                 the CUDA toolkit; otherwise that of the nvcc on PATH, or /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST      the architectures to compile for, such as "9.0" or "8.0;9.0+PTX"
+    CROSS_ENTROPY_CUDA        0 leaves the CUDA kernels out, 1 makes it an error if they cannot be built
+    CROSS_ENTROPY_CXXFLAGS    further flags for the C++ compiler
+    CROSS_ENTROPY_NVCCFLAGS   further flags for nvcc
+    CROSS_ENTROPY_SANITIZE    "address,undefined" builds with sanitizers, without nvcc
+    CROSS_ENTROPY_EMULATE     1 compiles the CUDA kernels for the processor, on which the tests then run them
+"""
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils import cpp_extension
 except ImportError as error:
     sys.exit(
         "cross_entropy is compiled against the torch it will run with, and torch cannot be imported "
@@ -16,26 +30,98 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).parent
+ARCHITECTURES = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+
+
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit."""
+    if chosen := os.environ.get("CUDA_HOME"):
+        candidates = [Path(chosen)]
+    else:
+        candidates = [Path("/usr/local/cuda")]
+        if nvcc := shutil.which("nvcc"):
+            candidates.insert(0, Path(nvcc).resolve().parents[1])
+    # The nvcc on PATH may be a script that calls one elsewhere: only a toolkit has both.
+    needed = ["bin/nvcc", "include/cuda_runtime.h"]
+    return next((home for home in candidates if all((home / name).is_file() for name in needed)), None)
+
+
+class Nvcc:
+    """What is to be known of a toolkit's compiler."""
+
+    def __init__(self, home: Path) -> None:
+        def ask(option: str) -> str:
+            return subprocess.run([home / "bin/nvcc", option], check=True, capture_output=True, text=True).stdout
+
+        self.home = home
+        self.version = re.findall(r"release ([\d.]+)", ask("--version"))[0]
+        known = ask("--list-gpu-arch").split()
+        default = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(default) + "+PTX"
+        self.architectures = chosen.replace(" ", ";")
+
+
+def reason_against_cuda() -> str | None:
+    if os.environ.get("CROSS_ENTROPY_EMULATE") == "1":
+        return "CROSS_ENTROPY_EMULATE=1"
+    if os.environ.get("CROSS_ENTROPY_SANITIZE"):
+        return "CROSS_ENTROPY_SANITIZE is set"
+    if os.environ.get("CROSS_ENTROPY_CUDA") == "0":
+        return "CROSS_ENTROPY_CUDA=0"
+    if not files("csrc/cuda/*.cu"):
+        return "csrc/cuda has none"
+    if find_cuda() is None:
+        return "nvcc was not found (set CUDA_HOME)"
+    return None
 
 
 def extension() -> Extension:
-    compile_args = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    sources = files("csrc/**/*.cpp")
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+    nvcc: list[str] = []
+    link = ["-fopenmp"]
     # Other projects' headers are not ours to warn about.
-    for directory in [*include_paths(), sysconfig.get_path("include")]:
-        compile_args += ["-isystem", directory]
-    link_args = ["-fopenmp"]
+    for directory in [*cpp_extension.include_paths(), sysconfig.get_path("include")]:
+        cxx += ["-isystem", directory]
+
+    if reason := reason_against_cuda():
+        message = f"cross_entropy: the CUDA kernels are not built: {reason}"
+        if os.environ.get("CROSS_ENTROPY_CUDA") == "1":
+            sys.exit(message)
+        print(message, file=sys.stderr)
+    elif home := find_cuda():
+        toolkit = Nvcc(home)
+        # torch looks for one only if it was itself built with CUDA. It need not be.
+        cpp_extension.CUDA_HOME = str(home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures
+        sources += files("csrc/cuda/*.cu")
+        cxx += ["-DCE_CUDA", f'-DCE_NVCC="{toolkit.version}"', f'-DCE_ARCHITECTURES="{toolkit.architectures}"']
+        nvcc += ["-O3", "-std=c++17", "--threads", "2", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
+        nvcc += ["-Xptxas", "-warn-spills,-warn-lmem-usage"]
+        # Without CUDA in torch, ninja is not told which headers a kernel file includes; a changed command it sees.
+        headers = files("csrc/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh")
+        nvcc += [f"-DCE_HEADERS={zlib.crc32(b''.join((ROOT / name).read_bytes() for name in headers))}"]
+        nvcc += os.environ.get("CROSS_ENTROPY_NVCCFLAGS", "").split()
+        link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+    if os.environ.get("CROSS_ENTROPY_EMULATE") == "1":
+        sources += ["tests/emulator/emulator.cpp", "tests/emulator/kernels.cpp"]
+        cxx += ["-DCE_CUDA", "-DCE_EMULATE", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}"]
     if sanitizers := os.environ.get("CROSS_ENTROPY_SANITIZE"):
-        compile_args += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1", "-g1"]
-        link_args += [f"-fsanitize={sanitizers}"]
-    compile_args += os.environ.get("CROSS_ENTROPY_CXXFLAGS", "").split()
-    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
-    return CppExtension(
+        cxx += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1", "-g1"]
+        link += [f"-fsanitize={sanitizers}"]
+    cxx += os.environ.get("CROSS_ENTROPY_CXXFLAGS", "").split()
+    return cpp_extension.CppExtension(
         "cross_entropy._C",
         sources,
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
-        extra_compile_args=compile_args,
-        extra_link_args=link_args,
+        depends=files("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.cu"),
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=link,
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

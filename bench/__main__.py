@@ -146,7 +146,7 @@ def main() -> None:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
         provenance = {"cpu": cpu[0], "cores": len(cpu), "python": platform.python_version(), "commit": commit}
-        provenance |= {"torch": torch.__version__, "isa": cross_entropy._C.cpu_isa(), "command": "python -m bench"}
+        provenance |= {"torch": torch.__version__, "isa": cross_entropy.build_info().cpu, "command": "python -m bench"}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"provenance": provenance, "results": results}, indent=1) + "\n")
 

@@ -11,7 +11,7 @@ tensor(-0.)
 """
 
 from cross_entropy.functional import RowStats, cross_entropy, row_stats
+from cross_entropy.info import BuildInfo, __version__, build_info
 from cross_entropy.modules import CrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss", "RowStats", "cross_entropy", "row_stats"]
-__version__ = "0.1.0"
+__all__ = ["BuildInfo", "CrossEntropyLoss", "RowStats", "__version__", "build_info", "cross_entropy", "row_stats"]

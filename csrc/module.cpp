@@ -3,6 +3,9 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <sstream>
 
 #include "cpu/isa.h"
 #include "ops.h"
@@ -88,10 +91,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(py::handle logits, py::
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+// The fields of Python's BuildInfo after the package's version. setup.py defines CE_NVCC and CE_ARCHITECTURES.
+using BuildInfo =
+    std::tuple<std::string, std::string, std::optional<std::string>, std::vector<std::string>, bool, std::string>;
+
+BuildInfo build_info() {
+#ifdef __clang__
+  const std::string compiler = "clang " __clang_version__;
+#else
+  const std::string compiler = "g++ " __VERSION__;
+#endif
+  std::optional<std::string> nvcc;
+  std::vector<std::string> architectures;
+#ifdef CE_NVCC
+  nvcc = CE_NVCC;
+  std::istringstream list(CE_ARCHITECTURES);
+  for (std::string name; std::getline(list, name, ';');) {
+    architectures.push_back(name);
+  }
+#endif
+#ifdef CE_EMULATE
+  constexpr bool emulated = true;
+#else
+  constexpr bool emulated = false;
+#endif
+  return {TORCH_VERSION, compiler, nvcc, architectures, emulated, ce::cpu::isa_name()};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", &cross_entropy);
   m.def("row_stats", &row_stats);
-  m.def("cpu_isa", &ce::cpu::isa_name);
+  m.def("build_info", &build_info);
 }

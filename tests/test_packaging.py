@@ -1,13 +1,17 @@
-"""What a source distribution contains, and what is said where torch is missing."""
+"""What a source distribution contains, and what is said where torch or nvcc is missing."""
 
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+
+import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 DIRECTORIES = ["cross_entropy", "csrc", "bench", "examples", "tests"]
@@ -69,3 +73,49 @@ def test_isolated_build_asks_for_the_installed_torch(checkout):
     result = call_backend(checkout, "get_requires_for_build_wheel()")
     assert result.returncode == 0, result.stderr
     assert f"'torch=={torch.__version__.partition('+')[0]}'" in result.stdout
+
+
+def configure(checkout, **variables):
+    """What setup.py says before it compiles anything, in a checkout that has a CUDA kernel."""
+    (checkout / "csrc/cuda").mkdir(exist_ok=True)
+    (checkout / "csrc/cuda/kernel.cu").touch()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CROSS_ENTROPY_", "CUDA_"))}
+    command = [sys.executable, "setup.py", "--version"]
+    return subprocess.run(command, cwd=checkout, env=kept | variables, capture_output=True, text=True)
+
+
+NOT_BUILT = "cross_entropy: the CUDA kernels are not built: "
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CROSS_ENTROPY_CUDA": "0"}, "CROSS_ENTROPY_CUDA=0"),
+        ({"CUDA_HOME": "/nowhere"}, "nvcc was not found (set CUDA_HOME)"),
+        ({"CROSS_ENTROPY_SANITIZE": "address"}, "CROSS_ENTROPY_SANITIZE is set"),
+    ],
+)
+def test_build_says_why_it_is_without_cuda(checkout, variables, reason):
+    result = configure(checkout, **variables)
+    assert result.returncode == 0, result.stderr
+    assert f"{NOT_BUILT}{reason}\n" in result.stderr
+
+
+def test_build_fails_without_nvcc_where_cuda_is_required(checkout):
+    result = configure(checkout, CROSS_ENTROPY_CUDA="1", CUDA_HOME="/nowhere")
+    assert result.returncode != 0
+    assert f"{NOT_BUILT}nvcc was not found (set CUDA_HOME)\n" in result.stderr
+
+
+def test_build_info():
+    info = cross_entropy.build_info()
+    assert (
+        info.version
+        == cross_entropy.__version__
+        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    )
+    assert info.torch == torch.__version__.partition("+")[0]
+    assert info.compiler.startswith(("g++ ", "clang "))
+    assert (info.cuda is None) == (info.cuda_architectures == [])
+    assert not (info.emulated and info.cuda)
+    assert info.cpu in ["avx512", "avx2", "portable"]
