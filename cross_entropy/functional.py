@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cross_entropy import _C
 
-__all__ = ["RowStats", "cross_entropy", "row_stats"]
+__all__ = ["RowStats", "check_errors", "cross_entropy", "row_stats"]
 
 
 class RowStats(NamedTuple):
@@ -64,7 +64,7 @@ def cross_entropy(
         A scalar, or for ``reduction="none"`` a tensor of the target's shape without classes; in the input's dtype.
 
     Raises:
-        IndexError: a class index is out of bounds.
+        IndexError: a class index is out of bounds. On CUDA it is raised later, see :func:`check_errors`.
         ValueError, RuntimeError, TypeError, NotImplementedError: as torch's function for the same mistake.
 
     >>> cross_entropy(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]))
@@ -129,3 +129,20 @@ def row_stats(
         operator = torch.ops.cross_entropy.row_stats
         return RowStats(*operator(logits, target, weight, ignore_index, label_smoothing))
     return RowStats(*_C.row_stats(logits, target, weight, ignore_index, label_smoothing))
+
+
+def check_errors() -> None:
+    """Waits for all CUDA devices in use and raises what the kernels have found wrong with their targets.
+
+    A call on CUDA tensors does not wait for its kernels, so it cannot raise an error for a class index that is out of
+    bounds. Such a row is not read; its loss and its gradient become NaN, and with them the mean and the sum. The device
+    stays usable. The error itself is raised by the next call of this package on that device that begins after the
+    kernel has run, or by this function. Without CUDA there is nothing to wait for.
+
+    Raises:
+        IndexError: names the first such row (counted through the target's elements), its target and the device. It is
+            raised once; what later kernels find is new.
+
+    >>> check_errors()
+    """
+    _C.check_errors()

@@ -7,6 +7,7 @@
 
 #include <sstream>
 
+#include "backends.h"
 #include "cpu/isa.h"
 #include "ops.h"
 
@@ -91,6 +92,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(py::handle logits, py::
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+void check_errors() {
+  HANDLE_TH_ERRORS
+  py::gil_scoped_release no_gil;
+  ce::check_errors();
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 // The fields of Python's BuildInfo after the package's version. setup.py defines CE_NVCC and CE_ARCHITECTURES.
 using BuildInfo =
     std::tuple<std::string, std::string, std::optional<std::string>, std::vector<std::string>, bool, std::string>;
@@ -123,5 +131,6 @@ BuildInfo build_info() {
 PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", &cross_entropy);
   m.def("row_stats", &row_stats);
+  m.def("check_errors", &check_errors);
   m.def("build_info", &build_info);
 }

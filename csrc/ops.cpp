@@ -101,11 +101,11 @@ struct Kernels {
                            const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
                            const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
                            const Options& options) {
-    ProblemBuilder builder(logits, target, weight, options);
-    if (builder.is_empty()) {
+    if (logits.numel() == 0) {
       out.tensor.zero_();
       return;
     }
+    ProblemBuilder builder(logits, target, weight, options);
     builder.add_row_input(&Problem::max, max);
     builder.add_row_input(&Problem::sum, sum);
     builder.add_grad_loss(grad_loss);

@@ -171,7 +171,7 @@ Problem& ProblemBuilder::problem() {
   if (dims == 0) {
     problem_.sizes[dims++] = 1;
   }
-  for (int d = 1; d < dims; ++d) {
+  for (int d = 1; d < dims && problem_.rows > 0; ++d) {
     problem_.dividers[d] = Divider(problem_.sizes[d]);
   }
   problem_.dims = dims;

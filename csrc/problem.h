@@ -30,7 +30,10 @@ class ProblemBuilder {
   at::ScalarType accumulator() const { return accumulator_of(logits_.scalar_type()); }
   // The shape of the rows: the logits' without the classes.
   at::IntArrayRef row_sizes() const { return row_sizes_; }
-  bool is_empty() const { return logits_.numel() == 0; }
+  // Whether there is nothing to compute. Rows without classes can still have an index, which is out of bounds.
+  bool is_empty() const {
+    return problem_.rows == 0 || (problem_.classes == 0 && problem_.target_type == TargetType::kProbabilities);
+  }
 
   // A new tensor of shape (rows) in the accumulator's dtype, for one of the problem's row results.
   at::Tensor add_row_result(void* Problem::* result);
