@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cross_entropy import cross_entropy, row_stats
+from tests.device import DEVICE
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {
@@ -173,7 +174,7 @@ def test_float16_under_a_loss_scale(reduction, inplace):
     scale = 65536.0 if reduction == "mean" else 65536.0 / rows
     unscaled = torch_grad(logits, target, scale / 65536, reduction=reduction)
     assert unscaled.abs().median() < 2e-9
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # a float32 loss: 65536 is no float16
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):  # a float32 loss: 65536 is no float16
         loss = cross_entropy(logits * 1 if inplace else logits, target, reduction=reduction)
     assert loss.dtype == torch.float32
     grad = torch.autograd.grad(loss, logits, torch.full_like(loss, scale))[0]

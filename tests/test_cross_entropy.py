@@ -10,6 +10,7 @@ import torch
 
 import cross_entropy
 from tests import reference
+from tests.device import DEVICE, IS_HOST
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Half types round the result once; float32 is held to a few units in the last place of sums.
@@ -140,7 +141,7 @@ def test_mixed_dtypes_promote_as_in_torch():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_autocast_gives_a_float32_loss(dtype):
     logits, target = torch.randn(4, 9).to(dtype).requires_grad_(), torch.tensor([0, 8, 3, 5])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss = cross_entropy.cross_entropy(logits, target)
     assert_close(loss, reference.cross_entropy(logits, target), torch.float32)
     loss.backward()
@@ -196,6 +197,7 @@ def test_a_gradient_changes_no_bit_of_the_loss(shape, dtype):
         assert torch.equal(*losses)
 
 
+@pytest.mark.skipif(not IS_HOST, reason="of the CPU")
 @pytest.mark.parametrize(("isa", "stripes"), [("portable", "1"), ("avx2", "0"), ("avx512", "1")])
 def test_other_kernels(isa, stripes):
     """Those of narrower instruction sets, and of the other way to read; all other tests run on the processor's own."""

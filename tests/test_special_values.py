@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import cross_entropy
 from tests import reference
+from tests.device import DEVICE, IS_HOST
 
 INF, NAN = math.inf, math.nan
 REDUCTIONS = ["none", "mean", "sum"]
@@ -116,7 +117,7 @@ def test_row(name, reduction, dtype):
 @pytest.mark.parametrize("classes", [1000, 1003, 17000])
 def test_long_row(classes, value, place, reduction, dtype):
     position = {"first": 0, "last": classes - 1, "middle": classes // 2 + 1}[place]
-    logits = torch.randn(3, classes, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits = torch.randn(3, classes, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype)
     logits[1, position] = value
     for target in (torch.tensor([0, position, classes - 1]), torch.tensor([5, 7, 9])):
         compare(logits, target, reduction=reduction)
@@ -236,7 +237,7 @@ def test_weights(weight, smoothing, reduction, dtype):
 @pytest.mark.parametrize("smoothing", [0, 0.0, -0.0, -0.5, -INF, NAN, 1, 1.0, 1e-300])
 @pytest.mark.parametrize("classes", [4, 1000, 17000])
 def test_label_smoothing(classes, smoothing, reduction, dtype):
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(DEVICE).manual_seed(2)
     logits = torch.randn(5, classes, generator=generator).to(dtype)
     options = {"reduction": reduction, "label_smoothing": smoothing}
     weight = torch.rand(classes, generator=generator).to(dtype) + 0.5
@@ -288,8 +289,8 @@ def test_ignored_row_does_not_leak(shape, value, smoothing, reduction, dtype):
 @pytest.mark.parametrize("classes", [10, 1000, 17000])
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_large_offset(offset, classes, reduction):
-    logits = torch.randn(8, classes, generator=torch.Generator().manual_seed(3)) + offset
-    target = torch.randint(classes, (8,), generator=torch.Generator().manual_seed(4))
+    logits = torch.randn(8, classes, generator=torch.Generator(DEVICE).manual_seed(3)) + offset
+    target = torch.randint(classes, (8,), generator=torch.Generator(DEVICE).manual_seed(4))
     for label_smoothing in (0.0, 0.1):
         options = {"reduction": reduction, "label_smoothing": label_smoothing}
         oracle = run(reference.cross_entropy, logits.double(), target, **options)
@@ -297,6 +298,8 @@ def test_large_offset(offset, classes, reduction):
         actual = run(cross_entropy.cross_entropy, logits, target, **options)
         for mine, torchs, truth in zip(actual, expected, oracle, strict=True):
             rounding = torch.finfo(torch.float32).eps * truth.abs().max()
+            if not IS_HOST:  # the last steps of a row are in float32 there, not in float64
+                rounding *= 2
             error = (mine - truth).abs().max()
             assert error <= torch.maximum((torchs - truth).abs().max(), rounding)
 

@@ -13,6 +13,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import cross_entropy
+from tests.device import DEVICE
 
 OP = copy.copy(next(op for op in op_db if op.name == "nn.functional.cross_entropy"))
 OP.op = cross_entropy.cross_entropy
@@ -30,13 +31,13 @@ TOLERANCE = {
 
 def samples(dtype, requires_grad=True):
     torch.manual_seed(0)
-    return list(OP.sample_inputs("cpu", dtype, requires_grad=requires_grad))
+    return list(OP.sample_inputs(DEVICE, dtype, requires_grad=requires_grad))
 
 
 @functools.cache
 def module_inputs(dtype, training=True):
     torch.manual_seed(0)
-    return MODULE.module_inputs_func(MODULE, "cpu", dtype, True, training)
+    return MODULE.module_inputs_func(MODULE, DEVICE, dtype, True, training)
 
 
 INDICES = range(len(samples(torch.float64)))

@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
   using T = typename Walk::Element;
   using A = Acc<T>;
   const Seat seat = Walk::seat(plan);
-  for (int64_t first = blockIdx.x / plan.blocks * static_cast<int64_t>(plan.rows()); first < p.rows;
-       first += gridDim.x / plan.blocks * static_cast<int64_t>(plan.rows())) {
+  for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
     const RowTarget<A> target = exists ? RowTarget<A>(p, row) : RowTarget<A>();
@@ -71,8 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
   using A = Acc<T>;
   const Seat seat = Walk::seat(plan);
   const A keep = smoothing_of<A>(p).keep;
-  for (int64_t row = blockIdx.x / plan.blocks * static_cast<int64_t>(plan.rows()) + seat.row; row < p.rows;
-       row += gridDim.x / plan.blocks * static_cast<int64_t>(plan.rows())) {
+  for (int64_t row = first_row(plan) + seat.row; row < p.rows; row += row_step(plan)) {
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, p.classes);
     const MaxSum<A> exps = exps_of<A>(p, row);
     const A log_sum = exps.log_sum();
@@ -137,11 +135,6 @@ __global__ void __launch_bounds__(kWeightBlock)
   static_cast<A*>(p.grad.data)[c] = static_cast<A>(sum);
 }
 
-Grid grid_of(const Problem& p, const Plan& plan) {
-  const int64_t tiles = std::min((p.rows + plan.rows() - 1) / plan.rows(), kMaxBlocks / plan.blocks);
-  return {tiles * plan.blocks, plan.threads};
-}
-
 // Calls f with the walk that the logits' layout asks for.
 template <typename F>
 void dispatch_walk(const Problem& p, F&& f) {
@@ -156,7 +149,7 @@ void dispatch_walk(const Problem& p, F&& f) {
 void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
   dispatch_walk(p, [&](auto* type) {
     using Walk = std::remove_pointer_t<decltype(type)>;
-    Grid grid = grid_of(p, plan);
+    Grid grid{blocks_for(p, plan), plan.threads};
     if (has_coefficients(p)) {
       grid.shared = shared_states<Walk>(plan) * sizeof(RowState<Acc<typename Walk::Element>>);
       launch(logits_gradient<Walk, true>, grid, stream, p, plan);
@@ -180,7 +173,8 @@ void backward(const Problem& p, Stream stream) {
 void target_backward(const Problem& p, Stream stream) {
   const Plan plan = plan_backward(p, current_device());
   dispatch_walk(p, [&](auto* type) {
-    launch(target_gradient<std::remove_pointer_t<decltype(type)>>, grid_of(p, plan), stream, p, plan);
+    launch(target_gradient<std::remove_pointer_t<decltype(type)>>, {blocks_for(p, plan), plan.threads}, stream, p,
+           plan);
   });
 }
 

@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (
   const int64_t rank = seat.block * plan.lanes + seat.lane;
   const int64_t ranks = static_cast<int64_t>(plan.blocks) * plan.lanes;
   // Every thread goes through every turn, with or without a row: the reductions need it.
-  for (int64_t first = blockIdx.x / plan.blocks * static_cast<int64_t>(plan.rows()); first < p.rows;
-       first += gridDim.x / plan.blocks * static_cast<int64_t>(plan.rows())) {
+  for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
     const RowTarget<A> target = exists ? RowTarget<A>(p, row) : RowTarget<A>();
@@ -180,8 +179,7 @@ template <typename Walk, bool kLinear>
 void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
   using A = Acc<typename Walk::Element>;
   const bool merges = plan.blocks > 1 && !plan.cluster;
-  const int64_t tiles = std::min((p.rows + plan.rows() - 1) / plan.rows(), kMaxBlocks / plan.blocks);
-  Grid grid{tiles * plan.blocks, plan.threads, plan.cluster ? plan.blocks : 1};
+  Grid grid{blocks_for(p, plan), plan.threads, plan.cluster ? plan.blocks : 1};
   grid.shared = shared_states<Walk>(plan) * sizeof(RowState<A>) +
                 static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
   launch(p.grad.data && !merges ? forward_rows<Walk, true, kLinear> : forward_rows<Walk, false, kLinear>, grid, stream,

@@ -20,7 +20,9 @@ struct Plan {
   bool cluster = false;  // whether those are one cluster; otherwise a second kernel merges what they find
   int kept = 0;          // pieces that each thread keeps in shared memory for the gradient; 0: it reads the row again
 
-  CE_HOST_DEVICE int rows() const { return threads / lanes; }  // of a block
+  int64_t tiles = INT64_MAX;  // of rows that run at a time, at most; their blocks go on with the next
+
+  CE_HOST_DEVICE int rows() const { return threads / lanes; }  // of a block, a tile
 };
 
 // Whether threads walk along a row, whose classes lie next to each other, or across rows.

@@ -48,6 +48,20 @@ struct Seat {
   int block;  // of the row's blocks
 };
 
+// The blocks that take all rows.
+inline int64_t blocks_for(const Problem& p, const Plan& plan) {
+  const int64_t tiles = (p.rows + plan.rows() - 1) / plan.rows();
+  return std::min({tiles, plan.tiles, kMaxBlocks / plan.blocks}) * plan.blocks;
+}
+
+// The first row of a block's first tile, and how far it is to the next.
+CE_DEVICE int64_t first_row(const Plan& plan) {
+  return blockIdx.x / plan.blocks * static_cast<int64_t>(plan.rows());
+}
+CE_DEVICE int64_t row_step(const Plan& plan) {
+  return gridDim.x / plan.blocks * static_cast<int64_t>(plan.rows());
+}
+
 // Walks along classes that lie next to each other.
 template <typename T>
 class Along {

@@ -1,7 +1,7 @@
 // Runs the CUDA kernels on the CPU against an oracle in float64, which is written from the formulas of row_loss.h but
 // shares no code with it. Prints what differs, and how many cases ran.
 //
-// Usage: kernels_test [group ...], without arguments all groups.
+// Usage: kernels_test [group ...], without arguments all groups. KERNELS_TEST_DTYPE=0 to 3 keeps to one dtype.
 
 #include <cmath>
 #include <cstdio>
@@ -365,7 +365,12 @@ void run(const char* group, const Case& c, Pass pass, const std::function<void(c
   }
 }
 
-const DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+const std::vector<DType> kDTypes = [] {
+  if (const char* only = std::getenv("KERNELS_TEST_DTYPE")) {
+    return std::vector<DType>{static_cast<DType>(std::atoi(only))};
+  }
+  return std::vector<DType>{DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+}();
 const Pass kPasses[] = {Pass::kForward, Pass::kForwardGrad, Pass::kInplace, Pass::kBackward};
 
 // Every combination of the options, for one shape and layout.
@@ -523,6 +528,55 @@ const Group kGroups[] = {
            plan.blocks = 4;
            plan.kept = 0;
          });
+       }
+     }},
+    // The same in short, for builds in which a launch takes long; with blocks that take one row after another.
+    {"sharing",
+     [](const char* group) {
+       const auto run_short = [&](Case c, const cuda::Plan& chosen, bool keeps) {
+         for (const double smoothing : {0.0, 0.1}) {
+           c.dtype = DType::kBFloat16;
+           c.ignores = true;
+           c.weighted = smoothing > 0;
+           c.smoothing = smoothing;
+           c.reduction = smoothing > 0 ? 'n' : 'm';
+           for (const Pass pass : kPasses) {
+             run(group, c, pass, [&](cuda::Plan& plan) {
+               plan = chosen;
+               plan.tiles = 1;
+               plan.kept = keeps ? (c.inner_is_last ? static_cast<int>(c.classes) : pieces(c)) / plan.lanes + 1 : 0;
+             });
+           }
+         }
+       };
+       for (const bool keeps : {true, false}) {
+         for (const int lanes : {1, 8, 32, 64, 256}) {
+           cuda::Plan plan;
+           plan.threads = std::max(64, lanes);
+           plan.lanes = lanes;
+           Case along;
+           along.outer = 2 * plan.rows() + 1;
+           along.classes = 10 * lanes + 3;
+           along.offset = 1;
+           run_short(along, plan, keeps);
+           Case across;
+           across.inner = along.outer;
+           across.classes = 3 * lanes + 2;
+           across.inner_is_last = true;
+           run_short(across, plan, keeps);
+         }
+         for (const int blocks : {2, 4, 8}) {
+           for (const bool cluster : {true, false}) {
+             cuda::Plan plan;
+             plan.threads = plan.lanes = 64;
+             plan.blocks = blocks;
+             plan.cluster = cluster;
+             Case c;
+             c.outer = 3;
+             c.classes = 1201 * blocks;
+             run_short(c, plan, keeps && cluster);
+           }
+         }
        }
      }},
     // What the tables choose by themselves on a large chip, a small one, and one without clusters.
