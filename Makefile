@@ -6,9 +6,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 SANITIZED := autograd cross_entropy errors large_gradients special_values
+OPERATORS := $(SANITIZED) torch_samples
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test check sanitize bench resources clean
+.PHONY: demo test check sanitize emulate gpu-check bench resources clean
 
 demo: $(VENV)/built
 	$(RUN) -m examples
@@ -32,6 +33,16 @@ sanitize: $(VENV)/built
 		--build-temp build/sanitized-objects
 	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized:. $(RUN) -m pytest \
 		--capture=sys -k "not no_operator and not avx512" $(addprefix tests/test_,$(addsuffix .py,$(SANITIZED)))
+
+# The operator tests on the CUDA kernels, compiled for the CPU.
+emulate: $(VENV)/built
+	CROSS_ENTROPY_EMULATE=1 $(RUN) setup.py -q build --build-lib build/emulated --build-temp build/emulated-objects
+	PYTHONSAFEPATH=1 PYTHONPATH=build/emulated:. $(RUN) -m pytest $(addprefix tests/test_,$(addsuffix .py,$(OPERATORS)))
+
+# On a machine with a GPU, in an environment that has a torch with CUDA: builds, runs all tests on the device, runs the
+# kernels under compute-sanitizer, measures, and writes bench/results/<GPU>.json.
+gpu-check:
+	$(PYTHON) -m tests.gpu.check
 
 bench: $(VENV)/built
 	$(RUN) -m bench
