@@ -42,7 +42,7 @@ emulate: $(VENV)/built
 # On a machine with a GPU, in an environment that has a torch with CUDA: builds, runs all tests on the device, runs the
 # kernels under compute-sanitizer, measures, and writes bench/results/<GPU>.json.
 gpu-check:
-	$(PYTHON) -m tests.gpu.check
+	$(PYTHON) -m bench.gpu_check
 
 bench: $(VENV)/built
 	$(RUN) -m bench
