@@ -14,4 +14,13 @@ from cross_entropy.functional import RowStats, check_errors, cross_entropy, row_
 from cross_entropy.info import BuildInfo, __version__, build_info
 from cross_entropy.modules import CrossEntropyLoss
 
-__all__ = ["BuildInfo", "CrossEntropyLoss", "RowStats", "__version__", "build_info", "check_errors", "cross_entropy", "row_stats"]
+__all__ = [
+    "BuildInfo",
+    "CrossEntropyLoss",
+    "RowStats",
+    "__version__",
+    "build_info",
+    "check_errors",
+    "cross_entropy",
+    "row_stats",
+]
