@@ -23,7 +23,7 @@ check: $(VENV)/built
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 # The operator tests with the C++ under AddressSanitizer and UBSan, which have to be loaded before Python itself and
 # report to a standard error that pytest must not swallow. The processor's own kernels run once, not for both ways to read.

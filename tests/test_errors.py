@@ -321,3 +321,12 @@ def test_deprecated(options):
     actual, actual_warnings = call(cross_entropy.cross_entropy)
     assert actual_warnings == expected_warnings
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(
+    cross_entropy.build_info().cuda is not None or cross_entropy.build_info().emulated, reason="has the CUDA kernels"
+)
+def test_cuda_tensors_without_the_cuda_kernels():
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match="was built without its CUDA kernels"):
+        torch.ops.cross_entropy.loss.default.redispatch(keys, R(2, 3), z(2), None, 1, -100, 0.0, None)

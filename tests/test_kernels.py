@@ -70,7 +70,7 @@ def run(directory, *groups, **environment):
 GROUPS = ["tails", "layouts", "regimes", "sharing", "tables", "special", "many rows"]
 # Under ThreadSanitizer a launch takes twenty times as long: one dtype, and what differs in how threads share a row.
 RUNS = [
-    *[("plain", group, {}) for group in GROUPS],
+    *[("plain", group, {}) for group in [*GROUPS, "far"]],
     *[("plain", group, {"CE_EMULATOR_ORDER": "random"}) for group in ("layouts", "special")],
     *[("address", group, {}) for group in GROUPS],
     *[("thread", group, {"KERNELS_TEST_DTYPE": "3"}) for group in ("layouts", "sharing", "special")],
@@ -226,6 +226,20 @@ MISTAKES = {
         "sums.cu",
         "judge(p, target) == Verdict::kKept ? class_weight<A>(p, target)",
         "judge(p, target) != Verdict::kOutOfBounds ? class_weight<A>(p, target < 0 ? 0 : target)",
+    ),
+    "32 bits for the distance of rows": (
+        "plain",
+        ["far"],
+        "../operands.h",
+        "return offset + row * strides[0];",
+        "return offset + static_cast<int>(row * strides[0]);",
+    ),
+    "cluster's sums read before they are there": (
+        "plain",
+        ["many rows"],
+        "sums.cu",
+        "  cluster_barrier();\n  if",
+        "  if",
     ),
     "a row too few in the blocks' sums": (
         "plain",

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
-    const RowTarget<A> target = exists ? RowTarget<A>(p, row) : RowTarget<A>();
+    const RowTarget<A> target = exists ? RowTarget<A>(p, index_of(p, row)) : RowTarget<A>();
     const bool kept = target.kept || p.grad_lse.data;  // an ignored row has no loss, but a log-sum-exp
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);
     const Coefficients<T> coefficients(p, row);

@@ -56,7 +56,7 @@ template <typename A>
 CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target, A target_logit, RowState<A> state) {
   const int64_t offset = row_offset(p, row, p.row_strides);
   if (target.kept && target.index < 0 && p.target_type != TargetType::kProbabilities && p.bad_target) {
-    report(p.bad_target, offset, read_target(p, row));
+    report(p.bad_target, offset, index_of(p, row));
   }
   const auto write = [&](void* results, A value) {
     if (results) {
@@ -98,16 +98,15 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
-    const RowTarget<A> target = exists ? RowTarget<A>(p, row) : RowTarget<A>();
-    // An ignored row is read only for what does not depend on the target.
-    const int64_t classes = exists && (target.kept || p.lse) ? p.classes : 0;
-    const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, classes);
-    // For the row's first thread, before the gradient may replace it.
-    const A z_target = rank == 0 ? target_logit<A, T>(p, row, target) : A(0);
+    const int64_t index = index_of(p, row);
+    // Otherwise an ignored row is read only for what does not depend on the target.
+    const bool is_read = exists && (plan.reads_all || p.lse || judge(p, index) != Verdict::kIgnored);
+    const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
+                    is_read ? p.classes : 0);
 
     RowState<A> state;
     const auto read = [&](int64_t c, int turn) {
-      const Whole whole = walk.template read<Walk::kSize>(c);
+      const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!kGrad || plan.kept > 0);
       if (kGrad && plan.kept > 0) {
         kept[turn * plan.threads] = whole;
       }
@@ -126,6 +125,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (
         push(state, z);
       }
     });
+    const RowTarget<A> target = exists ? RowTarget<A>(p, index) : RowTarget<A>();
+    // For the row's first thread, before the gradient may replace it.
+    const A z_target = rank == 0 ? target_logit<A, T>(p, row, target) : A(0);
     state = sum_in_block<Walk, kLinear>(state, plan, states);
     if (plan.cluster) {
       state = sum_in_cluster<kLinear>(state, plan, states);
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   state = sum_of_lanes<kLinear>(state, kWarp);
   if (threadIdx.x % kWarp == 0) {
-    const RowTarget<A> target(p, row);
+    const RowTarget<A> target(p, index_of(p, row));
     finish(p, row, target, target_logit<A, T>(p, row, target), state);
   }
 }

@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../operands.h"
 #include "plan.h"
@@ -90,19 +91,31 @@ inline void check(cudaError_t status) {
   }
 }
 
-inline Device current_device() {
-  const auto attribute = [](cudaDeviceAttr name, int device) {
+inline Device describe(int device) {
+  const auto attribute = [&](cudaDeviceAttr name) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, name, device));
     return value;
   };
-  int device = 0;
-  check(cudaGetDevice(&device));
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
   // More than 8 blocks is for the large chips only.
   const int max_cluster = major == 9 || major == 10 ? 16 : major > 8 ? 8 : 1;
-  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          max_cluster};
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), max_cluster};
+}
+
+inline Device current_device() {
+  static const std::vector<Device> devices = [] {
+    int count = 0;
+    check(cudaGetDeviceCount(&count));
+    std::vector<Device> all;
+    for (int device = 0; device < count; ++device) {
+      all.push_back(describe(device));
+    }
+    return all;
+  }();
+  int device = 0;
+  check(cudaGetDevice(&device));
+  return devices.at(device);
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -79,6 +79,7 @@ Plan plan_forward(const Problem& p, const Device& device) {
   while (p.grad.data && whole_block && plan.blocks < device.max_cluster && bytes / plan.blocks > kBlockKeeps) {
     plan.blocks *= 2;
   }
+  plan.reads_all = pieces <= kPieces * plan.lanes * plan.blocks;
   plan.cluster = along && plan.blocks > 1 && plan.blocks <= device.max_cluster;
   if (p.grad.data && (plan.blocks == 1 || plan.cluster)) {
     const int64_t ranks = int64_t{plan.lanes} * plan.blocks;

@@ -20,6 +20,7 @@ struct Plan {
   bool cluster = false;  // whether those are one cluster; otherwise a second kernel merges what they find
   int kept = 0;          // pieces that each thread keeps in shared memory for the gradient; 0: it reads the row again
 
+  bool reads_all = false;     // also ignored rows: short ones are read before their target has arrived
   int64_t tiles = INT64_MAX;  // of rows that run at a time, at most; their blocks go on with the next
 
   CE_HOST_DEVICE int rows() const { return threads / lanes; }  // of a block, a tile

@@ -15,12 +15,14 @@ struct alignas(sizeof(T) * kCount) Piece {
   T elements[kCount];
 };
 
-// Pieces are read once, and written once for somebody who will read them much later.
+// Pieces that are read `once`, and those written for somebody who will read them much later, need no place in the
+// caches.
 template <typename T, int kSize>
-CE_DEVICE Piece<T, kSize> load(const T* address) {
+CE_DEVICE Piece<T, kSize> load(const T* address, bool once = true) {
   Piece<T, kSize> piece;
   if constexpr (sizeof(piece) == sizeof(uint4)) {
-    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(address));
+    const uint4* const vector = reinterpret_cast<const uint4*>(address);
+    const uint4 bits = once ? __ldcs(vector) : *vector;
     memcpy(&piece, &bits, sizeof(piece));
   } else {
     static_assert(kSize == 1);
@@ -90,8 +92,8 @@ class Along {
   CE_DEVICE int64_t class_of_edge(int edge) const { return edge < head_ ? edge : edge + pieces_ * kSize; }
 
   template <int kCount>
-  CE_DEVICE Piece<T, kCount> read(int64_t c) const {
-    return load<T, kCount>(data_ + c);
+  CE_DEVICE Piece<T, kCount> read(int64_t c, bool once = true) const {
+    return load<T, kCount>(data_ + c, once);
   }
 
  private:
@@ -122,8 +124,8 @@ class Across {
   CE_DEVICE int64_t class_of_edge(int edge) const { return edge; }
 
   template <int kCount>
-  CE_DEVICE Piece<T, kCount> read(int64_t c) const {
-    return load<T, kCount>(data_ + c * stride_);
+  CE_DEVICE Piece<T, kCount> read(int64_t c, bool once = true) const {
+    return load<T, kCount>(data_ + c * stride_, once);
   }
 
  private:

@@ -1,4 +1,5 @@
-// Sums over all rows: the loss, and the class weights that a mean divides by. Two stages of fixed order.
+// Sums over all rows: the loss, and the class weights that a mean divides by. By one block, the blocks of a cluster, or
+// blocks whose sums a second kernel adds; always in a fixed order.
 
 #include "reduce.cuh"
 #include "target.cuh"
@@ -7,7 +8,10 @@ namespace ce::cuda {
 namespace {
 
 constexpr int kSumThreads = 512;
-constexpr int64_t kOneBlock = 1 << 15;  // rows that one block sums
+// Rows that one block sums, and a cluster.
+constexpr int64_t kOneBlock = 1 << 11;
+constexpr int64_t kOneCluster = 1 << 17;
+constexpr int kCluster = 8;
 
 template <typename A>
 CE_DEVICE RowSums sums_of(const Problem& p, int64_t row, bool losses, bool weights) {
@@ -31,7 +35,7 @@ CE_DEVICE RowSums sum_in_warp(RowSums sums) {
   return {sum_of_lanes(sums.loss, kWarp), sum_of_lanes(sums.weight, kWarp)};
 }
 
-// For thread 0.
+// For the first warp's threads.
 CE_DEVICE RowSums sum_in_block(RowSums sums) {
   RowSums* const shared = static_cast<RowSums*>(shared_memory());
   sums = sum_in_warp(sums);
@@ -40,6 +44,20 @@ CE_DEVICE RowSums sum_in_block(RowSums sums) {
   }
   __syncthreads();
   return threadIdx.x < kWarp ? sum_in_warp(threadIdx.x < kSumThreads / kWarp ? shared[threadIdx.x] : RowSums()) : sums;
+}
+
+// The same of a cluster.
+CE_DEVICE RowSums sum_in_cluster(RowSums sums) {
+  RowSums* const mine = static_cast<RowSums*>(shared_memory()) + kSumThreads / kWarp;
+  if (threadIdx.x == 0) {
+    *mine = sums;
+  }
+  cluster_barrier();
+  if (threadIdx.x < kWarp) {
+    sums = sum_in_warp(threadIdx.x < kCluster ? *in_block(mine, threadIdx.x) : RowSums());
+  }
+  cluster_barrier();  // nobody leaves before all have read
+  return sums;
 }
 
 template <typename A>
@@ -56,7 +74,7 @@ CE_DEVICE void write(const Problem& p, const RowSums& sums, bool losses, bool we
 template <typename A>
 __global__ void __launch_bounds__(kSumThreads)
     sum_all_rows(const __grid_constant__ Problem p, const __grid_constant__ bool losses,
-                 const __grid_constant__ bool weights) {
+                 const __grid_constant__ bool weights, const __grid_constant__ bool cluster) {
   constexpr int kBatch = 4;  // rows that a thread has under way together
   RowSums sums;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kSumThreads;
@@ -73,11 +91,14 @@ __global__ void __launch_bounds__(kSumThreads)
     }
   }
   sums = sum_in_block(sums);
+  if (cluster) {
+    sums = sum_in_cluster(sums);
+  }
   if (threadIdx.x == 0) {
-    if (gridDim.x == 1) {
-      write<A>(p, sums, losses, weights);
-    } else {
+    if (!cluster && gridDim.x > 1) {
       Workspace(p.workspace).sums()[blockIdx.x] = sums;
+    } else if (blockIdx.x == 0) {
+      write<A>(p, sums, losses, weights);
     }
   }
 }
@@ -95,13 +116,12 @@ __global__ void __launch_bounds__(kSumThreads)
 
 template <typename A>
 void sum_rows(const Problem& p, bool losses, bool weights, Stream stream) {
-  const int64_t blocks = p.rows <= kOneBlock ? 1 : kSumBlocks;
-  const Grid block{1, kSumThreads, 1, kSumThreads / kWarp * sizeof(RowSums)};
-  Grid grid = block;
-  grid.blocks = blocks;
-  launch(sum_all_rows<A>, grid, stream, p, losses, weights);
-  if (blocks > 1) {
-    launch(sum_blocks<A>, block, stream, p, static_cast<int>(blocks), losses, weights);
+  const bool cluster = p.rows > kOneBlock && p.rows <= kOneCluster && current_device().max_cluster >= kCluster;
+  const int blocks = p.rows <= kOneBlock ? 1 : cluster ? kCluster : kSumBlocks;
+  constexpr int64_t kShared = (kSumThreads / kWarp + 1) * sizeof(RowSums);
+  launch(sum_all_rows<A>, {blocks, kSumThreads, cluster ? kCluster : 1, kShared}, stream, p, losses, weights, cluster);
+  if (blocks > 1 && !cluster) {
+    launch(sum_blocks<A>, {1, kSumThreads, 1, kShared}, stream, p, blocks, losses, weights);
   }
 }
 

@@ -19,6 +19,11 @@ CE_DEVICE A class_weight(const Problem& p, int64_t c) {
   return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
 }
 
+// A row's index as it is, 0 for probabilities.
+CE_DEVICE int64_t index_of(const Problem& p, int64_t row) {
+  return p.target_type == TargetType::kProbabilities ? 0 : read_target(p, row);
+}
+
 template <typename A>
 struct RowTarget {
   int64_t index = -1;  // none: ignored, out of bounds, or the target is probabilities
@@ -26,9 +31,9 @@ struct RowTarget {
   bool kept = false;
 
   RowTarget() = default;
-  CE_DEVICE RowTarget(const Problem& p, int64_t row) : kept(true) {
+  // `value` is what index_of() has read.
+  CE_DEVICE RowTarget(const Problem& p, int64_t value) : kept(true) {
     if (p.target_type != TargetType::kProbabilities) {
-      const int64_t value = read_target(p, row);
       const Verdict verdict = judge(p, value);
       kept = verdict != Verdict::kIgnored;
       if (verdict == Verdict::kKept) {

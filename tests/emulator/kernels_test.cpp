@@ -3,6 +3,8 @@
 //
 // Usage: kernels_test [group ...], without arguments all groups. KERNELS_TEST_DTYPE=0 to 3 keeps to one dtype.
 
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -398,6 +400,67 @@ int pieces(const Case& c) {
   return static_cast<int>(c.classes * Array::size_of(c.dtype) / 16);
 }
 
+// Memory of which only what is touched exists.
+class SparseMemory {
+ public:
+  explicit SparseMemory(size_t bytes)
+      : bytes_(bytes),
+        data_(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)) {
+    if (data_ == MAP_FAILED) {
+      std::perror("mmap");
+      std::exit(1);
+    }
+  }
+  SparseMemory(const SparseMemory&) = delete;
+  ~SparseMemory() { munmap(data_, bytes_); }
+  float* data() const { return static_cast<float*>(data_); }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
+// Compares with the same elements next to each other: every bit has to be the same.
+void run_far(const char* group, bool across) {
+  constexpr int64_t kFar = (int64_t{1} << 31) + 8;
+  const int64_t rows = across ? 70 : 3, classes = across ? 3 : 600;
+  std::vector<float> results[2];
+  for (const bool far : {false, true}) {
+    const int64_t apart = far ? kFar : across ? rows : classes;
+    const SparseMemory logits(3 * apart * sizeof(float)), grad(3 * apart * sizeof(float));
+    std::vector<float> loss(rows);
+    std::vector<char> workspace(cuda::workspace_size({}));
+    std::vector<int64_t> target(rows, 2);
+    const auto at = [&](int64_t row, int64_t class_) { return across ? class_ * apart + row : row * apart + class_; };
+    Random random;
+    for (int64_t i = 0; i < rows * classes; ++i) {
+      logits.data()[at(i / classes, i % classes)] = static_cast<float>(random.normal());
+    }
+    Problem p;
+    p.rows = p.sizes[0] = rows;
+    p.classes = classes;
+    p.dims = 1;
+    p.logits.data = logits.data();
+    p.grad.data = grad.data();
+    p.logits.class_stride = p.grad.class_stride = across ? apart : 1;
+    p.logits.strides[0] = p.grad.strides[0] = across ? 1 : apart;
+    p.target.data = target.data();
+    p.target.strides[0] = p.row_strides[0] = 1;
+    p.loss = loss.data();
+    p.workspace = workspace.data();
+    cuda::forward(p, nullptr);
+    results[far] = loss;
+    for (int64_t i = 0; i < rows * classes; ++i) {
+      results[far].push_back(grad.data()[at(i / classes, i % classes)]);
+    }
+  }
+  ++cases;
+  if (results[0] != results[1]) {
+    ++failures;
+    std::printf("%s: %s apart differ from neighbours\n", group, across ? "classes" : "rows");
+  }
+}
+
 struct Group {
   const char* name;
   void (*run)(const char* group);
@@ -646,21 +709,32 @@ const Group kGroups[] = {
          }
        }
      }},
-    // Sums over more rows than one block takes.
+    // Sums over more rows than a block takes, and a cluster, on chips with and without clusters.
     {"many rows",
      [](const char* group) {
-       for (const int64_t rows : {32768, 32769, 70000}) {
-         Case c;
-         c.outer = rows;
-         c.classes = 3;
-         c.ignores = true;
-         c.weighted = true;
-         for (const char reduction : {'s', 'm'}) {
-           c.reduction = reduction;
-           run(group, c, Pass::kForward);
-           run(group, c, Pass::kForwardGrad);
+       const emulator::Properties before = emulator::properties();
+       for (const int max_cluster : {16, 1}) {
+         emulator::properties().max_cluster = max_cluster;
+         for (const int64_t rows : {2049, 32768, 140001}) {
+           Case c;
+           c.outer = rows;
+           c.classes = 3;
+           c.ignores = true;
+           c.weighted = true;
+           for (const char reduction : {'s', 'm'}) {
+             c.reduction = reduction;
+             run(group, c, Pass::kForward);
+             run(group, c, Pass::kForwardGrad);
+           }
          }
        }
+       emulator::properties() = before;
+     }},
+    // Rows, and then classes, that lie further apart than 32 bits count.
+    {"far",
+     [](const char* group) {
+       run_far(group, false);
+       run_far(group, true);
      }},
 };
 
