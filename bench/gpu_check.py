@@ -1,9 +1,10 @@
 """Proves the CUDA kernels on this machine's GPU: `make gpu-check`.
 
-Builds for the GPU, runs the tests on it, runs the kernels under compute-sanitizer, and measures them. What is measured,
-what passed and where is written to bench/results/<GPU>.json; a short table comes last. Bandwidths count the bytes that
-have to move, N·V·size for forward and twice that for backward and for forward with the gradient, as a share of a
-device-to-device copy's in the same turns.
+Builds for the GPU, runs the tests on it, runs the kernels under compute-sanitizer, and measures them; `python -m
+bench.gpu_check tests measure` does only what it names. What passed, what was measured and where is written to
+bench/results/<GPU>.json, beside what the file already has of the same commit; a short table comes last. Bandwidths count
+the bytes that have to move, N·V·size for forward and twice that for backward and for forward with the gradient, as a
+share of a device-to-device copy's in the same turns.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["autograd", "cross_entropy", "cuda", "deferred_errors", "errors", "special_values", "torch_samples"]
-TOOLS = ["memcheck", "racecheck", "synccheck", "initcheck"]
+STEPS = ["build", "tests", "memcheck", "racecheck", "synccheck", "initcheck", "measure"]
 CLASSES = [128, 256, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32000, 50257, 65536, 128256, 151936, 262144]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MEAN = 1  # torch's number for the reduction
@@ -46,22 +47,19 @@ def run(name: str, *command: str, **environment: str) -> dict[str, Any]:
     return {"name": name, "passed": result.returncode == 0, "seconds": round(seconds), "last_line": last}
 
 
-def steps(quick: bool) -> list[dict[str, Any]]:
-    python = sys.executable
-    major, minor = torch.cuda.get_device_capability()
-    build = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "CROSS_ENTROPY_CUDA": "1"}
-    results = [run("build", python, "setup.py", "-q", "build_ext", "--inplace", **build)]
-    if not results[0]["passed"]:
-        return results
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    results.append(run("tests", python, "-m", "pytest", *files, CROSS_ENTROPY_TEST_DEVICE="cuda"))
+def check(step: str) -> dict[str, Any]:
+    if step == "build":
+        major, minor = torch.cuda.get_device_capability()
+        build = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "CROSS_ENTROPY_CUDA": "1"}
+        return run(step, sys.executable, "setup.py", "-q", "build_ext", "--inplace", **build)
+    if step == "tests":
+        files = [f"tests/test_{name}.py" for name in TESTS]
+        return run(step, sys.executable, "-m", "pytest", *files, CROSS_ENTROPY_TEST_DEVICE="cuda")
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    regimes = ["-m", "pytest", "tests/test_cuda.py", "-k", "test_regimes"]
-    for tool in TOOLS[:1] if quick else TOOLS:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", python, *regimes]
-        # Allocations of their own show accesses beyond them; initcheck does not know torch's allocator.
-        results.append(run(tool, *command, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
-    return results
+    regimes = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-k", "test_regimes"]
+    # Each allocation by itself shows accesses beyond it.
+    options = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return run(step, sanitizer, "--tool", step, "--error-exitcode", "1", *regimes, **options)
 
 
 def seconds_of(functions: dict[str, Callable[[int], object]], turns: int, calls: int) -> dict[str, float]:
@@ -128,30 +126,40 @@ def provenance() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one of compute-sanitizer's tools, few sizes")
-    parser.add_argument("--measure-only", action="store_true", help="no build and no tests")
+    parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; all without")
     parser.add_argument("--json", type=Path, help="where the results go instead of bench/results")
     arguments = parser.parse_args()
+    chosen = arguments.steps or STEPS
+    if unknown := [step for step in chosen if step not in STEPS]:
+        parser.error(f"unknown step {unknown[0]}; there are {', '.join(STEPS)}")
     if not torch.cuda.is_available():
         sys.exit("gpu-check needs a GPU and a torch with CUDA: torch.cuda.is_available() is false")
 
-    checks = [] if arguments.measure_only else steps(arguments.quick)
+    checks: list[dict[str, Any]] = []
+    for step in STEPS:
+        if step in chosen and step != "measure":
+            checks.append(check(step))
+            if step == "build" and not checks[-1]["passed"]:
+                sys.exit(1)
     results: list[dict[str, Any]] = []
-    if all(check["passed"] for check in checks[:1]):
-        import cross_entropy  # noqa: F401 (its operators are measured; it may just have been built)
-
-        for name, dtype in DTYPES.items():
-            for classes in CLASSES[::4] if arguments.quick else CLASSES:
-                rows = max(4096, min(32768, 2**31 // (classes * dtype.itemsize)))
-                seconds = measure(rows, classes, dtype)
-                results.append({"rows": rows, "classes": classes, "dtype": name, "seconds": seconds})
-                torch.cuda.empty_cache()
+    here = provenance()
+    for name, dtype in DTYPES.items() if "measure" in chosen else []:
+        for classes in CLASSES:
+            rows = max(4096, min(32768, 2**31 // (classes * dtype.itemsize)))
+            seconds = measure(rows, classes, dtype)
+            results.append({"rows": rows, "classes": classes, "dtype": name, "seconds": seconds})
+            torch.cuda.empty_cache()
 
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = arguments.json or ROOT / "bench/results" / f"{gpu}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"provenance": provenance(), "checks": checks, "results": results}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    before = json.loads(path.read_text()) if path.exists() else {}
+    failed = not all(result["passed"] for result in checks)
+    if before and before["provenance"]["commit"] == here["commit"]:
+        done = {result["name"] for result in checks}
+        checks = [result for result in before["checks"] if result["name"] not in done] + checks
+        results = results or before["results"]
+    path.write_text(json.dumps({"provenance": here, "checks": checks, "results": results}, indent=1) + "\n")
 
     table = Table(
         "rows", "classes", "dtype", "copy, GB/s", "forward", "with gradient", "backward", "× torch", "× torch both"
@@ -173,9 +181,9 @@ def main() -> None:
         )
     console = Console(width=120)
     console.print(table)
-    for check in checks:
-        console.print(f"{check['name']}: {'passed' if check['passed'] else 'FAILED'} ({check['last_line']})")
-    sys.exit(0 if all(check["passed"] for check in checks) else 1)
+    for result in checks:
+        console.print(f"{result['name']}: {'passed' if result['passed'] else 'FAILED'} ({result['last_line']})")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
