@@ -3,8 +3,8 @@
 Builds for the GPU, runs the tests on it, runs the kernels under compute-sanitizer, and measures them; `python -m
 bench.gpu_check tests measure` does only what it names. What passed, what was measured and where is written to
 bench/results/<GPU>.json, beside what the file already has of the same commit; a short table comes last. Bandwidths
-count the bytes that have to move, N·V·size for forward and twice that for backward and for forward with the gradient, as a
-share of a device-to-device copy's in the same turns.
+count the bytes that have to move, N·V·size for forward and twice that for backward and for forward with the gradient,
+as a share of a device-to-device copy's in the same turns.
 """
 
 import argparse
