@@ -101,7 +101,7 @@ def extension() -> Extension:
         sources += files("csrc/cuda/*.cu")
         cxx += ["-DCE_CUDA", f'-DCE_NVCC="{toolkit.version}"', f'-DCE_ARCHITECTURES="{toolkit.architectures}"']
         nvcc += ["-O3", "-std=c++17", "--threads", "2", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
-        nvcc += ["-Xptxas", "-warn-spills,-warn-lmem-usage"]
+        nvcc += ["-Xptxas", "-warn-spills,-warn-lmem-usage", "-Xfatbin", "-compress-all"]
         # Without CUDA in torch, ninja is not told which headers a kernel file includes; a changed command it sees.
         headers = files("csrc/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh")
         nvcc += [f"-DCE_HEADERS={zlib.crc32(b''.join((ROOT / name).read_bytes() for name in headers))}"]

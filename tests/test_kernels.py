@@ -73,7 +73,7 @@ RUNS = [
     *[("plain", group, {}) for group in [*GROUPS, "far"]],
     *[("plain", group, {"CE_EMULATOR_ORDER": "random"}) for group in ("layouts", "special")],
     *[("address", group, {}) for group in GROUPS],
-    *[("thread", group, {"KERNELS_TEST_DTYPE": "3"}) for group in ("layouts", "sharing", "special")],
+    *[("thread", group, {"KERNELS_TEST_DTYPE": "3"}) for group in ("tails", "layouts", "sharing", "special")],
 ]
 
 

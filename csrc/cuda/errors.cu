@@ -59,6 +59,7 @@ BadTarget take_bad_target(int device) {
   }
   const std::lock_guard<std::mutex> lock(mutex);
   const int64_t row = record->row;
+  std::atomic_thread_fence(std::memory_order_acquire);
   taken.target = record->target;
   taken.row = row;
   record->row = INT64_MAX;
