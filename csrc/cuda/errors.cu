@@ -52,17 +52,15 @@ std::vector<int> reporting_devices() {
 
 BadTarget take_bad_target(int device) {
   static std::mutex mutex;
-  volatile BadTarget* const record = bad_target(device);
+  BadTarget* const record = bad_target(device);
   BadTarget taken;
-  if (!record || record->row == taken.row) {
+  if (!record || __atomic_load_n(&record->row, __ATOMIC_RELAXED) == taken.row) {
     return taken;
   }
   const std::lock_guard<std::mutex> lock(mutex);
-  const int64_t row = record->row;
-  std::atomic_thread_fence(std::memory_order_acquire);
+  taken.row = __atomic_load_n(&record->row, __ATOMIC_ACQUIRE);  // kernels write the target before
   taken.target = record->target;
-  taken.row = row;
-  record->row = INT64_MAX;
+  __atomic_store_n(&record->row, INT64_MAX, __ATOMIC_RELAXED);
   return taken;
 }
 
