@@ -98,9 +98,10 @@ inline Device describe(int device) {
     return value;
   };
   const int major = attribute(cudaDevAttrComputeCapabilityMajor);
-  // More than 8 blocks is for the large chips only.
-  const int max_cluster = major == 9 || major == 10 ? 16 : major > 8 ? 8 : 1;
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), max_cluster};
+  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  // More than 8 blocks is for large chips only.
+  const int max_cluster = (major == 9 || major == 10) && multiprocessors >= 100 ? 16 : major > 8 ? 8 : 1;
+  return {multiprocessors, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), max_cluster};
 }
 
 inline Device current_device() {
