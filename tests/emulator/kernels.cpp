@@ -1,4 +1,8 @@
 // The CUDA kernels as C++, for an extension whose device is the emulator.
+
+// Of a batch of pieces only those whose turn comes are read and used, under one condition; GCC does not see that.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 #include "../../csrc/cuda/backward.cu"
 #include "../../csrc/cuda/errors.cu"
 #include "../../csrc/cuda/forward.cu"
