@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 SANITIZED := autograd cross_entropy errors large_gradients special_values
-OPERATORS := $(SANITIZED) torch_samples
+OPERATORS := $(SANITIZED) torch_samples deferred_errors
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
 .PHONY: demo test check sanitize emulate gpu-check bench resources clean

@@ -8,8 +8,6 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
-#include <cmath>
-
 #include "cpu/large_memory.h"
 #include "problem.h"
 

@@ -191,9 +191,6 @@ CE_DEVICE void from_accumulator(double x, double& result) {
 
 // The blocks of a cluster. Chips without clusters are never asked to launch one.
 #ifdef CE_CLUSTERS
-CE_DEVICE unsigned cluster_rank() {
-  return __clusterRelativeBlockRank();
-}
 CE_DEVICE void cluster_barrier() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
@@ -204,9 +201,6 @@ CE_DEVICE const P* in_block(const P* address, unsigned rank) {
   return static_cast<const P*>(__cluster_map_shared_rank(address, rank));
 }
 #else
-CE_DEVICE unsigned cluster_rank() {
-  return 0;
-}
 CE_DEVICE void cluster_barrier() {}
 template <typename P>
 CE_DEVICE const P* in_block(const P* address, unsigned) {
