@@ -9,7 +9,7 @@ SANITIZED := autograd cross_entropy errors large_gradients special_values
 OPERATORS := $(SANITIZED) torch_samples deferred_errors
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test check sanitize emulate gpu-check bench resources clean
+.PHONY: demo test check sanitize emulate gpu-check bench readme-figures resources clean
 
 demo: $(VENV)/built
 	$(RUN) -m examples
@@ -45,7 +45,11 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check
 
 bench: $(VENV)/built
-	$(RUN) -m bench
+	$(RUN) -m bench run
+
+# The README's tables and charts, from the result files that it names.
+readme-figures: $(VENV)/built
+	$(RUN) -m bench readme
 
 # Registers, shared and local memory of the CUDA kernels that were built.
 resources: $(VENV)/built
@@ -56,7 +60,7 @@ $(VENV)/built: $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --upgrade pip "setuptools>=77" wheel
 	$(RUN) -m pip install -q "$(TORCH)" ninja pybind11
-	$(RUN) -m pip install -q --no-build-isolation -e ".[test,examples,bench]"
+	$(RUN) -m pip install -q --no-build-isolation -e ".[test,examples,bench,peers]"
 	touch $@
 
 clean:

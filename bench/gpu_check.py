@@ -10,7 +10,6 @@ as a share of a device-to-device copy's in the same turns.
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -24,13 +23,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn import functional as F
 
-ROOT = Path(__file__).parents[1]
+from .inputs import Logits
+from .machine import ROOT, provenance
+from .peers import on_torch
+from .results import Case
+from .shapes import DTYPES, shapes_of
+from .timing import Operation, Timed, cuda_clock, take_turns
+
 TESTS = ["autograd", "cross_entropy", "cuda", "deferred_errors", "errors", "special_values", "torch_samples"]
 STEPS = ["build", "tests", "memcheck", "racecheck", "synccheck", "initcheck", "measure"]
-CLASSES = [128, 256, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32000, 50257, 65536, 128256, 151936, 262144]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MEASURED = ["bfloat16", "float16", "float32"]
 MEAN = 1  # torch's number for the reduction
 
 
@@ -62,66 +67,37 @@ def check(step: str) -> dict[str, Any]:
     return run(step, sanitizer, "--tool", step, "--error-exitcode", "1", *regimes, **options)
 
 
-def seconds_of(functions: dict[str, Callable[[int], object]], turns: int, calls: int) -> dict[str, float]:
-    """Median seconds a call; all take turns, and `calls` follow each other so that no launch is waited for."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(turns + 1):
-        for name, function in functions.items():
-            started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            started.record()
-            for call in range(calls):
-                function(call)
-            ended.record()
-            ended.synchronize()
-            if turn > 0:
-                times[name].append(started.elapsed_time(ended) / 1e3 / calls)
-    return {name: median(values) for name, values in times.items()}
-
-
 def measure(rows: int, classes: int, dtype: torch.dtype) -> dict[str, float]:
+    """Median seconds of each operator, of a copy and of torch."""
     operators = torch.ops.cross_entropy
-    size = rows * classes * dtype.itemsize
-    copies = max(1, min(8, 2**28 // size))  # more than the caches hold
-    logits = [torch.randn(rows, classes, device="cuda", dtype=dtype) for _ in range(copies)]
-    leaves = [x.detach().requires_grad_() for x in logits]
-    grad = torch.empty_like(logits[0])
-    target = torch.randint(classes, (rows,), device="cuda")
+    case = Case("cuda", (rows, classes), str(dtype).removeprefix("torch."), torch.get_num_threads())
+    inputs = Logits.of(case)
+    target, grad = inputs.target, torch.empty_like(inputs.copies[0])
     options = (MEAN, -100, 0.0)
-    _, maximum, total, _ = operators.forward(logits[0], target, None, *options, None)
+    _, maximum, total, _ = operators.forward(inputs.copies[0], target, None, *options, None)
     upstream = torch.ones((), device="cuda", dtype=dtype)
+    eager = on_torch(F.cross_entropy, inputs).operations
 
-    def eager(i: int) -> None:
-        leaf = leaves[i % copies]
-        torch.autograd.grad(F.cross_entropy(leaf, target), leaf)
+    def on_logits(operator: Callable[[Tensor], object]) -> Operation:
+        return Operation(lambda call: operator(inputs.logits(call)))
 
-    functions: dict[str, Callable[[int], object]] = {
-        "copy": lambda i: grad.copy_(logits[i % copies]),
-        "forward": lambda i: operators.loss(logits[i % copies], target, None, *options, None),
-        "forward with gradient": lambda i: operators.forward_grad(logits[i % copies], target, None, *options, None),
-        "backward": lambda i: operators.backward(
-            upstream, None, logits[i % copies], target, None, maximum, total, *options
-        ),
-        "torch forward": lambda i: F.cross_entropy(logits[i % copies], target),
-        "torch forward + backward": eager,
+    operations = {
+        "copy": on_logits(grad.copy_),
+        "forward": on_logits(lambda x: operators.loss(x, target, None, *options, None)),
+        "forward with gradient": on_logits(lambda x: operators.forward_grad(x, target, None, *options, None)),
+        "backward": on_logits(lambda x: operators.backward(upstream, None, x, target, None, maximum, total, *options)),
+        "torch forward": eager["forward"],
+        "torch forward + backward": eager["both"],
     }
-    return seconds_of(functions, turns=11, calls=max(copies, 4))
+    calls = max(4, len(inputs.copies))
+    timed = {name: Timed(operation, cuda_clock, calls) for name, operation in operations.items()}
+    samples: dict[str, list[float]] = {name: [] for name in operations}
 
+    def failed(name: str, error: Exception) -> None:
+        raise error
 
-def provenance() -> dict[str, Any]:
-    import cross_entropy
-
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {
-        "gpu": gpu,
-        "commit": commit,
-        "command": "make gpu-check",
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "build": cross_entropy.build_info()._asdict(),
-    }
+    take_turns(timed, samples, failed, lambda turn, turns: None, seconds=0.5, fewest=11)
+    return {name: median(values) for name, values in samples.items()}
 
 
 def main() -> None:
@@ -142,11 +118,10 @@ def main() -> None:
             if step == "build" and not checks[-1]["passed"]:
                 sys.exit(1)
     results: list[dict[str, Any]] = []
-    here = provenance()
-    for name, dtype in DTYPES.items() if "measure" in chosen else []:
-        for classes in CLASSES:
-            rows = max(4096, min(32768, 2**31 // (classes * dtype.itemsize)))
-            seconds = measure(rows, classes, dtype)
+    here = provenance("cuda")
+    for name in MEASURED if "measure" in chosen else []:
+        for rows, classes in shapes_of("sweep", "cuda"):
+            seconds = measure(rows, classes, DTYPES[name])
             results.append({"rows": rows, "classes": classes, "dtype": name, "seconds": seconds})
             torch.cuda.empty_cache()
 

@@ -10,7 +10,7 @@ tensor(0.7437)
 tensor(-0.)
 """
 
-from cross_entropy.functional import RowStats, check_errors, cross_entropy, row_stats
+from cross_entropy.functional import RowStats, check_errors, cross_entropy, release_memory, row_stats
 from cross_entropy.info import BuildInfo, __version__, build_info
 from cross_entropy.modules import CrossEntropyLoss
 
@@ -22,5 +22,6 @@ __all__ = [
     "build_info",
     "check_errors",
     "cross_entropy",
+    "release_memory",
     "row_stats",
 ]

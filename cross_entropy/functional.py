@@ -146,3 +146,14 @@ def check_errors() -> None:
     >>> check_errors()
     """
     _C.check_errors()
+
+
+def release_memory() -> None:
+    """Gives the memory that is kept for the next large gradient on the CPU back to the system.
+
+    The memory of the last gradient above 8 MiB that was freed is kept, since touching fresh memory takes longer than
+    computing the gradient. The system takes it back by itself when memory runs short. The next gradient is slower.
+
+    >>> release_memory()
+    """
+    _C.release_memory()

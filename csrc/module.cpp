@@ -9,6 +9,7 @@
 
 #include "backends.h"
 #include "cpu/isa.h"
+#include "cpu/large_memory.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -132,5 +133,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", &cross_entropy);
   m.def("row_stats", &row_stats);
   m.def("check_errors", &check_errors);
+  m.def("release_memory", &ce::cpu::release_large, py::call_guard<py::gil_scoped_release>());
   m.def("build_info", &build_info);
 }

@@ -1,13 +1,15 @@
 """Gradients above 8 MiB, whose memory is kept for the next one and written past the caches."""
 
 import gc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from cross_entropy import cross_entropy
+from cross_entropy import cross_entropy, release_memory
 from tests import reference
 from tests.device import IS_HOST
 
@@ -27,8 +29,7 @@ def grad_of(logits, target, upstream=1.0, **options):
 def nothing_kept():
     """Begins without a block in reserve: the next one is fresh, the one after it is used again."""
     gc.collect()
-    x = torch.zeros(1, 5 << 23, requires_grad=True)  # a block that is too large to be used here
-    grad_of(x, torch.tensor([0]))
+    release_memory()
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -51,6 +52,22 @@ def test_used_memory_is_used_again():
     logits, target = torch.randn(ROWS, 14001, requires_grad=True), torch.zeros(ROWS, dtype=torch.int64)
     first = grad_of(logits, target).data_ptr()
     assert grad_of(logits, target).data_ptr() == first
+
+
+def resident_kib():
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(not IS_HOST, reason="of the CPU")
+def test_released_memory_is_no_longer_resident():
+    logits, target = torch.randn(8 * ROWS, 14001, requires_grad=True), torch.zeros(8 * ROWS, dtype=torch.int64)
+    grad_of(logits, target)
+    before = resident_kib()
+    release_memory()
+    released = before - resident_kib()
+    assert released > 0.8 * logits.nbytes / 1024
+    release_memory()  # nothing is left
+    assert torch.equal(grad_of(logits, target), grad_of(logits, target))
 
 
 def test_gradients_that_live_at_the_same_time_share_nothing():

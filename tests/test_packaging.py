@@ -51,8 +51,7 @@ def test_source_distribution_has_everything(checkout):
     with tarfile.open(archive) as tar:
         packed = {str(Path(*Path(name).parts[1:])) for name in tar.getnames()}
     source_files = {str(p.relative_to(checkout)) for d in DIRECTORIES for p in (checkout / d).rglob("*.*")}
-    results = {name for name in source_files if name.startswith("bench/results")}
-    assert source_files - results | set(FILES) <= packed
+    assert source_files | set(FILES) <= packed
 
 
 @pytest.fixture

@@ -37,6 +37,17 @@ LargeBlock map_aligned(size_t bytes) {
   return {data, bytes, false};
 }
 
+// In place of what was kept.
+void keep(LargeBlock block) {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    std::swap(block, kept);
+  }
+  if (block.data) {
+    munmap(block.data, block.bytes);
+  }
+}
+
 }  // namespace
 
 LargeBlock allocate_large(size_t bytes) {
@@ -58,13 +69,11 @@ LargeBlock allocate_large(size_t bytes) {
 
 void free_large(LargeBlock block) {
   madvise(block.data, block.bytes, MADV_FREE);
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    std::swap(block, kept);
-  }
-  if (block.data) {
-    munmap(block.data, block.bytes);
-  }
+  keep(block);
+}
+
+void release_large() {
+  keep({});
 }
 
 #else
@@ -73,6 +82,7 @@ LargeBlock allocate_large(size_t) {
   return {};
 }
 void free_large(LargeBlock) {}
+void release_large() {}
 
 #endif
 

@@ -22,4 +22,7 @@ struct LargeBlock {
 LargeBlock allocate_large(size_t bytes);
 void free_large(LargeBlock block);
 
+// Gives the block that is kept back to the system.
+void release_large();
+
 }  // namespace ce::cpu

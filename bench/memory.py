@@ -1,0 +1,54 @@
+"""The memory that a call needs at its peak, beyond what there was before.
+
+On a CUDA device torch's allocator counts it. On the CPU every library allocates for itself, so the system's count is
+taken, of resident pages, whose peak is reset before the call (proc_pid_clear_refs(5)).
+"""
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import cross_entropy
+
+_PROCESS = Path("/proc/self")
+
+
+def peak(device: str, call: Callable[[], object]) -> int | None:
+    """Bytes; None where the system does not tell. What the call returns is kept until its peak has been read."""
+    gc.collect()
+    return _peak_on_cuda(call) if device == "cuda" else _peak_on_cpu(call)
+
+
+def _peak_on_cuda(call: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    after = torch.cuda.max_memory_allocated()
+    del kept
+    return after - before
+
+
+def _peak_on_cpu(call: Callable[[], object]) -> int | None:
+    # What is kept for later would seem to be needed by nobody.
+    cross_entropy.release_memory()
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        (_PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    kept = call()
+    after = _status("VmHWM")
+    del kept
+    return max(0, after - before)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024

@@ -1,0 +1,256 @@
+"""Charts of results: bandwidth over the classes, ratios and memory as bars, and a training step's time and memory."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .refusal import Refusal
+from .report import bytes_text, time_text
+from .results import CEILING_OF, INPLACE, OURS, Case, Entry, Results
+
+# Okabe and Ito's colours, which all kinds of colour vision tell apart; variants of a competitor share its colour.
+_STYLES = {
+    OURS: ("#0072B2", "o", ""),
+    INPLACE: ("#0072B2", "o", "///"),
+    "torch": ("#E69F00", "s", ""),
+    "torch-linear": ("#E69F00", "s", "///"),
+    "compile": ("#009E73", "^", ""),
+    "compile-static": ("#009E73", "v", "///"),
+    "compile-autotune": ("#009E73", "<", "..."),
+    "liger": ("#D55E00", "D", ""),
+    "liger-linear": ("#D55E00", "D", "///"),
+    "quack": ("#CC79A7", "P", ""),
+    "flash-attn": ("#56B4E9", "X", ""),
+    "cut-linear": ("#999999", "*", ""),
+    "cut-linear-compile": ("#999999", "*", "///"),
+    "trl": ("#000000", "h", ""),
+    "jax": ("#56B4E9", "d", ""),
+}
+_RC: dict[Any, Any] = {
+    "svg.hashsalt": "cross_entropy",  # the same figures give the same file
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "hatch.color": "white",
+    "hatch.linewidth": 0.7,
+    "font.size": 9,
+}
+
+
+def _style(peer: str) -> tuple[str, str, str]:
+    """Colour, marker, and the hatch of a variant."""
+    return _STYLES.get(peer, ("#999999", ".", ""))
+
+
+def _dtypes(cases: Iterable[Case]) -> list[str]:
+    return list(dict.fromkeys(case.dtype for case in cases))
+
+
+def _handles(axes: Iterable[Axes]) -> dict[str, Artist]:
+    """What the legend shows, by its label."""
+    found: dict[str, Artist] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    return found
+
+
+def _figure(panels: int, height: float, results: Results, heading: str) -> Figure:
+    made = results.provenance
+    figure = Figure(figsize=(2 + 3.2 * panels, height), layout="constrained")
+    machine = f"{made.get('gpu') or made.get('cpu')}, torch {made.get('torch')}"
+    figure.suptitle(f"{heading}\n{machine}", fontsize=10)
+    return figure
+
+
+def _longest(cases: list[Case]) -> list[Case]:
+    """Of each number of classes the case with most rows, in the order of the classes."""
+    by_classes: dict[int, Case] = {}
+    for case in sorted((case for case in cases if len(case.shape) == 2), key=lambda case: case.shape):
+        by_classes[case.shape[1]] = case
+    return [case for _, case in sorted(by_classes.items())]
+
+
+def bandwidth(results: Results, cases: list[Case]) -> Figure:
+    """GB/s over the classes, a curve for each competitor, the ceiling as a line."""
+    dtypes, operations = _dtypes(cases), ["forward", "both"]
+    figure = _figure(len(dtypes), 6, results, "Bytes that have to move, per second")
+    axes = figure.subplots(len(operations), len(dtypes), squeeze=False, sharey="row").tolist()
+    for row, operation in zip(axes, operations, strict=True):
+        for axis, dtype in zip(row, dtypes, strict=True):
+            points = [c for c in _longest([c for c in cases if c.dtype == dtype]) if c.ceiling(CEILING_OF[operation])]
+            for peer in results.peers():
+                curve = [(c.shape[1], rate) for c in points if (rate := c.bandwidth(peer, operation))]
+                if curve:
+                    color, marker, hatch = _style(peer)
+                    axis.plot(
+                        [classes for classes, _ in curve],
+                        [rate / 1e9 for _, rate in curve],
+                        "--" if hatch else "-",
+                        color=color,
+                        marker=marker,
+                        markersize=4,
+                        linewidth=2.2 if peer == OURS else 1.2,
+                        label=peer,
+                    )
+            name = CEILING_OF[operation]
+            ceiling = [(case.ceiling(name) or 0) / 1e9 for case in points]
+            xs = [case.shape[1] for case in points]
+            axis.plot(xs, ceiling, ":", color="black", linewidth=1.5, label=f"ceiling: {name}")
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(bottom=0)
+            axis.grid(axis="y", alpha=0.3)
+            axis.set_title(f"{'forward' if operation == 'forward' else 'forward + backward'}, {dtype}")
+        row[0].set_ylabel("GB/s")
+    for axis in axes[-1]:
+        axis.set_xlabel("classes")
+    handles = _handles(axis for row in axes for axis in row)
+    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
+    return figure
+
+
+def _bars(
+    axis: Axes,
+    cases: list[Case],
+    peers: list[str],
+    value: Callable[[Case, Entry], float | None],
+    text: Callable[[Case, Entry], str],
+) -> None:
+    """A group of bars for each case, from the top, each with what it says at its end."""
+    height = 0.8 / len(peers)
+    longest = 0.0
+    for group, case in enumerate(cases):
+        for index, peer in enumerate(peers):
+            entry = case.entry(peer)
+            length = value(case, entry) if entry else None
+            where = group + (index - (len(peers) - 1) / 2) * height
+            if entry is not None and length is not None:
+                color, _, hatch = _style(peer)
+                axis.barh(where, length, height * 0.9, color=color, hatch=hatch, linewidth=0, label=peer)
+                axis.text(length, where, " " + text(case, entry), va="center", fontsize=7)
+                longest = max(longest, length)
+            elif entry is not None and entry.status != "measured":
+                axis.text(0, where, f" {peer}: {entry.status}", va="center", fontsize=7)
+    axis.set_xlim(0, longest * 1.25 or 1)
+    axis.set_ylim(len(cases) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def _case_label(case: Case) -> str:
+    shape = "(" + ", ".join(map(str, case.shape)) + ")"
+    return f"{case.name}\n{shape}" if case.name else shape
+
+
+def _bar_figure(
+    results: Results,
+    cases: list[Case],
+    heading: str,
+    unit: str,
+    value: Callable[[Case, Entry], float | None],
+    text: Callable[[Case, Entry], str],
+) -> Figure:
+    """A panel of bars for each dtype."""
+    dtypes = _dtypes(cases)
+    peers = [peer for peer in results.peers() if any((e := c.entry(peer)) and value(c, e) is not None for c in cases)]
+    shapes = max(len([case for case in cases if case.dtype == dtype]) for dtype in dtypes)
+    height = 1.6 + shapes * (0.25 + 0.16 * len(peers))
+    figure = _figure(len(dtypes), height, results, heading)
+    axes = figure.subplots(1, len(dtypes), squeeze=False)[0]
+    for axis, dtype in zip(axes, dtypes, strict=True):
+        shown = [case for case in cases if case.dtype == dtype]
+        _bars(axis, shown, peers, value, text)
+        axis.set_yticks(range(len(shown)), [_case_label(case) for case in shown])
+        axis.set_title(dtype)
+        axis.set_xlabel(unit)
+    handles = _handles(axes)
+    order = [peer for peer in peers if peer in handles]
+    figure.legend([handles[peer] for peer in order], order, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def speedup(results: Results, cases: list[Case]) -> Figure:
+    """How many times longer each competitor takes for forward and backward."""
+
+    def ratio(case: Case, entry: Entry) -> float | None:
+        return case.ratio(entry.peer, "both")
+
+    heading = "Time of forward + backward (cross_entropy = 1; shorter is faster)"
+    return _bar_figure(
+        results, cases, heading, f"times as long as {OURS}", ratio, lambda case, entry: f"{ratio(case, entry):.2g}×"
+    )
+
+
+def memory(results: Results, cases: list[Case]) -> Figure:
+    """The peak of forward and backward, in parts of the logits' size."""
+
+    def share(case: Case, entry: Entry) -> float | None:
+        return entry.memory["both"] / case.logits_bytes if "both" in entry.memory else None
+
+    heading = "Peak memory of forward + backward, beyond the logits"
+    return _bar_figure(
+        results, cases, heading, "logits = 1", share, lambda case, entry: bytes_text(entry.memory["both"])
+    )
+
+
+def step_time(results: Results, cases: list[Case]) -> Figure:
+    """Seconds of a training step."""
+
+    def seconds(case: Case, entry: Entry) -> float | None:
+        return entry.median("step")
+
+    heading = "Time of a training step: head, loss, backward"
+    return _bar_figure(
+        results, cases, heading, "seconds", seconds, lambda case, entry: time_text(entry.median("step") or 0)
+    )
+
+
+def step_memory(results: Results, cases: list[Case]) -> Figure:
+    """Bytes at the peak of a training step."""
+
+    def mib(case: Case, entry: Entry) -> float | None:
+        return entry.memory["step"] / 2**20 if "step" in entry.memory else None
+
+    heading = "Peak memory of a training step, beyond features and weight"
+    return _bar_figure(results, cases, heading, "MiB", mib, lambda case, entry: bytes_text(entry.memory["step"]))
+
+
+CHARTS: dict[str, dict[str, tuple[Callable[[Results, list[Case]], Figure], Callable[[Case], bool]]]] = {
+    "run": {
+        "bandwidth": (bandwidth, lambda case: bool(case.ceilings) and len(case.shape) == 2),
+        "speedup": (speedup, lambda case: case.median(OURS, "both") is not None),
+        "memory": (memory, lambda case: any("both" in entry.memory for entry in case.entries)),
+    },
+    "train": {
+        "time": (step_time, lambda case: any(entry.seconds.get("step") for entry in case.entries)),
+        "memory": (step_memory, lambda case: any("step" in entry.memory for entry in case.entries)),
+    },
+}
+"""Each kind's charts, and the cases that have something to show there."""
+
+
+def draw(results: Results, stem: str, into: Path, formats: Iterable[str]) -> list[Path]:
+    """Writes all charts that the results have something for; for each number of threads its own."""
+    written = []
+    counts = sorted({case.threads for case in results.cases})
+    with matplotlib.rc_context(_RC):
+        for name, (chart, suits) in CHARTS[results.kind].items():
+            for count in counts:
+                cases = [case for case in results.cases if case.threads == count and suits(case)]
+                if not cases:
+                    continue
+                suffix = f"-{count}-threads" if len(counts) > 1 and count > 1 else ""
+                for kind in formats:
+                    path = into / f"{stem}-{name}{suffix}.{kind}"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+                    chart(results, cases).savefig(path, dpi=150, metadata=metadata)  # type: ignore[arg-type]
+                    written.append(path)
+    if not written:
+        raise Refusal("there is nothing to draw: no case was measured")
+    return written

@@ -1,0 +1,114 @@
+"""The README's figures, made from the result files in bench/results.
+
+A block of the README between `<!-- WHAT FILE -->` and `<!-- end -->` is written by what it names: `provenance`,
+`ratios` or `steps` of a result file, or one of its charts, such as `chart-speedup`.
+"""
+
+import re
+from pathlib import Path
+
+from .refusal import Refusal
+from .report import bytes_text, time_text
+from .results import OURS, Case, Results, load
+
+_BLOCK = re.compile(r"(<!-- ([\w-]+) (bench/results/[\w.-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def update(root: Path) -> list[Path]:
+    """Writes the README and its charts; returns the files that it wrote."""
+    from . import plot  # matplotlib is not needed for the rest
+
+    path = root / "README.md"
+    text = path.read_text()
+    files = list(dict.fromkeys(match[3] for match in _BLOCK.finditer(text)))
+    if not files:
+        raise Refusal(f"{path} has no block for figures")
+    written = []
+    for file in files:
+        written += plot.draw(load(root / file), Path(file).stem, root / "bench/results", ["svg"])
+    path.write_text(render(text, root))
+    return [path, *written]
+
+
+def render(text: str, root: Path) -> str:
+    """The README with what its blocks should say."""
+
+    def block(match: re.Match[str]) -> str:
+        begin, what, file, end = match.groups()
+        return begin + _content(what, file, load(root / file)) + "\n" + end
+
+    return _BLOCK.sub(block, text)
+
+
+def _content(what: str, file: str, results: Results) -> str:
+    if what.startswith("chart-"):
+        name = what.removeprefix("chart-")
+        return f"![{name}]({file.removesuffix('.json')}-{name}.svg)"
+    writers = {"provenance": provenance, "ratios": ratios, "steps": steps}
+    if what not in writers:
+        raise Refusal(f"the README asks for {what!r}; there are {', '.join(writers)} and charts")
+    return writers[what](results)
+
+
+def provenance(results: Results) -> str:
+    made = results.provenance
+    machine = f"{made['gpu']}, driver {made['driver']}" if made.get("gpu") else f"{made['cpu']}, {made['cores']} cores"
+    versions = made.get("versions")
+    others = [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else []
+    software = ", ".join([f"torch {made['torch']}", *others])
+    where = f"{machine} ({made['instructions']}); {software}; commit {str(made['commit'])[:7]}, {made['date']}"
+    return f"{where}:\n\n    {made['command']}"
+
+
+def _peers(results: Results) -> list[str]:
+    return [peer for peer in results.peers() if peer != OURS]
+
+
+def _table(header: list[str], rows: list[list[str]], text_columns: int) -> str:
+    align = ["---"] * text_columns + ["--:"] * (len(header) - text_columns)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, align, *rows])
+
+
+def _cell(case: Case, peer: str) -> str:
+    """How many times longer a peer takes, forward and both."""
+    entry = case.entry(peer)
+    if entry is None:
+        return ""
+    if entry.status != "measured":
+        return entry.status
+    ratios = [case.ratio(peer, operation) for operation in ("forward", "both")]
+    return ", ".join("–" if ratio is None else f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}" for ratio in ratios)
+
+
+def ratios(results: Results) -> str:
+    """Times of forward and of forward + backward, and how many times longer each peer takes for them."""
+    header = ["shape", "dtype", "threads", "forward", "of read", "both", "of copy"]
+    header += [f"× {peer}" for peer in _peers(results)]
+    rows = []
+    for case in results.cases:
+        row = [str(case.shape), case.dtype, str(case.threads)]
+        for operation in ("forward", "both"):
+            seconds, share = case.median(OURS, operation), case.share(OURS, operation)
+            row += [time_text(seconds) if seconds else "failed", f"{share:.0%}" if share else ""]
+        rows.append(row + [_cell(case, peer) for peer in _peers(results)])
+    return _table(header, rows, 2)
+
+
+def steps(results: Results) -> str:
+    """Time and memory of a training step with each competitor."""
+    rows = []
+    for case in results.cases:
+        for entry in case.entries:
+            seconds, memory = entry.median("step"), entry.memory.get("step")
+            ratio = case.ratio(entry.peer, "step", "torch")
+            rows.append(
+                [
+                    f"{case.name} {case.shape}",
+                    case.dtype,
+                    entry.peer,
+                    time_text(seconds) if seconds else entry.status,
+                    f"{ratio:.2f}" if ratio else "",
+                    bytes_text(memory) if memory else "",
+                ]
+            )
+    return _table(["model (rows, classes)", "dtype", "loss", "step", "torch = 1", "peak memory"], rows, 3)

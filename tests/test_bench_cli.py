@@ -1,0 +1,147 @@
+"""The benchmark's command line, end to end on the CPU."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cli
+from bench.results import INPLACE, OURS, load
+
+ROOT = Path(__file__).parents[1]
+
+
+def bench(*arguments, **options):
+    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def test_run_plot_and_compare(tmp_path):
+    json, table = tmp_path / "results.json", tmp_path / "results.csv"
+    shapes = ["--shape", "8,100", "--shape", "300,5000", "--shape", "2,5,3,7"]
+    options = ["--peers", "torch", "--dtype", "float32", "bfloat16", "--threads", 1, "--seconds", 0]
+    ran = bench("run", *shapes, *options, "--json", json, "--csv", table)
+    assert ran.returncode == 0, ran.stderr
+    found = load(json)
+    assert [(case.shape, case.dtype) for case in found.cases] == [
+        (shape, dtype) for shape in ((8, 100), (300, 5000), (2, 5, 3, 7)) for dtype in ("float32", "bfloat16")
+    ]
+    for case in found.cases:
+        assert [entry.peer for entry in case.entries] == [OURS, INPLACE, "torch"]
+        assert all(entry.status == "measured" for entry in case.entries)
+        assert case.threads == 1
+        assert (set(case.ceilings) == {"read", "copy"}) == (case.shape == (300, 5000))
+    assert found.provenance["torch"] == torch.__version__
+    assert found.provenance["command"].startswith("python -m bench run --shape 8,100")
+    for text in ("(300, 5000) float32, 1 thread", "% read", "N·V·s", "GB/s"):
+        assert text in ran.stdout
+    assert table.read_text().startswith("device,")
+
+    plotted = bench("plot", json, "--out", tmp_path / "charts", "--format", "svg")
+    assert plotted.returncode == 0, plotted.stderr
+    assert {path.name for path in (tmp_path / "charts").iterdir()} == {
+        f"results-{chart}.svg" for chart in ("bandwidth", "speedup", "memory")
+    }
+
+    assert bench("compare", json, json).returncode == 0
+    for case in found.cases:
+        case.entries[0].seconds = {name: [2 * x for x in samples] for name, samples in case.entries[0].seconds.items()}
+    slower = tmp_path / "slower.json"
+    found.save(slower)
+    compared = bench("compare", json, slower)
+    assert compared.returncode == 1
+    assert f"{OURS}: 18 slower and 0 faster" in compared.stdout
+    assert bench("compare", slower, json).returncode == 0
+
+
+def test_train(tmp_path):
+    json = tmp_path / "results.json"
+    options = ["--model", "cifar10", "--rows", 16, "--dtype", "float32", "--peers", "torch", "--seconds", 0]
+    ran = bench("train", *options, "--json", json)
+    assert ran.returncode == 0, ran.stderr
+    (case,) = load(json).cases
+    assert (case.name, case.shape, case.hidden) == ("cifar10", (16, 10), 512)
+    assert {entry.peer: list(entry.seconds) for entry in case.entries} == {
+        name: ["step"] for name in (OURS, INPLACE, "torch")
+    }
+
+
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path):
+    json = tmp_path / "results.json"
+    arguments = ["run", "--shape", "8,10", "--shape", "1000,5000", "--dtype", "float32", "--peers", "torch"]
+    command = [sys.executable, "-m", "bench", *arguments, "--seconds", "60", "--json", str(json)]
+    # A shape that is quick, then one that would take a minute.
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (json.exists() and load(json).cases):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "interrupted; what was measured so far is kept" in output
+    assert "Traceback" not in errors
+    first = load(json).cases[0]
+    assert first.shape == (8, 10)
+    assert len(first.entries[0].seconds["both"]) == 51
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--shape", "12"], "impossible shape '12'"),
+        (["run", "--shape", "12,0"], "impossible shape '12,0'"),
+        (["run", "--shape", "a,b"], "impossible shape 'a,b'"),
+        (["run", "--shape", "10000000,1000000", "--peers", "torch"], "no case fits into memory"),
+        (["run", "--shapes", "gpt9"], "unknown shape set 'gpt9'; there are gpt2, "),
+        (["run", "--peers", "tensorflow"], "unknown peer 'tensorflow'; there are "),
+        (["run", "--dtype", "int8"], "unknown dtype 'int8'; there are float32, "),
+        (["run", "--threads", "0"], "--threads 0: this process may use 1 to "),
+        (["run", "--seconds", "-1"], "--seconds -1.0"),
+        (["run", "--json", "/dev/null/results.json"], "/dev/null"),
+        (["train", "--model", "gpt9"], "unknown model 'gpt9'; there are gpt2, "),
+        (["train", "--rows", "0"], "--rows 0"),
+        (["plot", "/nowhere.json"], "/nowhere.json: No such file"),
+        (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json: No such file"),
+    ],
+)
+def test_refusals_are_one_line(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    assert cli.main() == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("cross-entropy-bench: ")
+    assert said in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "run", "--device", "cuda"])
+    assert cli.main() == 2
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named():
+    code = "import sys; sys.modules['rich'] = None; import bench.__main__ as m; m.main()"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == 'cross-entropy-bench needs rich: pip install "cross-entropy[bench]"\n'
+
+
+def test_list_of_peers():
+    result = bench("peers")
+    assert result.returncode == 0, result.stderr
+    for name in ("liger", "quack", "flash-attn", "cut-linear", "trl", "jax"):
+        assert name in result.stdout
+
+
+def test_installed_command():
+    script = Path(sys.executable).with_name("cross-entropy-bench")
+    shown = subprocess.run([script, "--help"], cwd="/", capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == bench("--help").stdout
