@@ -10,8 +10,9 @@ from rich.console import Console
 
 from . import compare, measure, readme, report
 from .machine import ROOT, provenance
+from .memory import is_exhausted
 from .peers import PEERS, chosen
-from .refusal import Refusal
+from .refusal import Refusal, one_line
 from .results import INPLACE, OURS, Case, Results, load
 from .shapes import DTYPES, MODELS, SETS, Device, Shape, parse_shape, shapes_of
 
@@ -223,4 +224,8 @@ def main() -> int:
         print(f"cross-entropy-bench: {refusal}", file=sys.stderr)
     except OSError as error:
         print(f"cross-entropy-bench: {error.filename}: {error.strerror}", file=sys.stderr)
+    except Exception as error:
+        if not is_exhausted(error):
+            raise
+        print(f"cross-entropy-bench: out of memory: {one_line(error)}", file=sys.stderr)
     return 2

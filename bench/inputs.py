@@ -36,8 +36,8 @@ class Logits:
 
     @staticmethod
     def bytes_needed(case: Case) -> int:
-        """For a competitor that keeps one more tensor of the logits' size beside the gradient."""
-        return 4 * case.logits_bytes
+        """With the ceilings' tensors, and a competitor that takes three of the logits' size."""
+        return 6 * case.logits_bytes
 
     @cached_property
     def leaves(self) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .inputs import Head, Logits
 from .machine import free_memory, threads
-from .memory import peak
+from .memory import is_exhausted, peak
 from .oracle import TOLERANCE, is_right, loss_errors, step_errors
 from .peers import Entrant, Peer
 from .refusal import one_line
@@ -205,9 +205,8 @@ def _measure_memory(case: Case, operation: Operation, name: str, entry: Entry) -
 
 
 def _fail(entry: Entry, error: Exception, where: str = "") -> None:
-    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
     entry.status = "failed"
-    entry.message = ("out of memory" if out_of_memory else f"{type(error).__name__}: {one_line(error)}") + where
+    entry.message = ("out of memory" if is_exhausted(error) else f"{type(error).__name__}: {one_line(error)}") + where
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

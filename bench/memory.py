@@ -23,6 +23,11 @@ def peak(device: str, call: Callable[[], object]) -> int | None:
     return _peak_on_cuda(call) if device == "cuda" else _peak_on_cpu(call)
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an exception says that there was too little memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def _peak_on_cuda(call: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -20,13 +20,19 @@ def _chunks(rows: int, classes: int) -> Iterator[slice]:
 
 
 class _Norms:
-    """The norm of a gradient's error in parts of the gradient's norm, from its parts."""
+    """The norm of a gradient's error in parts of the gradient's norm, from its parts.
+
+    What an element loses because its dtype has no smaller numbers is no error: the gradient of a float16 mean over many
+    rows is that small, which is why such training scales its loss.
+    """
 
     def __init__(self) -> None:
         self.wrong = self.right = 0.0
 
     def add(self, gradient: Tensor, expected: Tensor) -> None:
-        self.wrong += (gradient.double() - expected).square().sum().item()
+        limits = torch.finfo(gradient.dtype)
+        unavoidable = limits.smallest_normal * limits.eps / 2
+        self.wrong += ((gradient.double() - expected).abs() - unavoidable).relu().square().sum().item()
         self.right += expected.square().sum().item()
 
     def relative(self) -> float:

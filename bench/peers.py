@@ -4,6 +4,7 @@ A new one is an entry in PEERS. `loss` imports it and returns its mean loss of (
 that take the last layer too, of (hidden, weight, target).
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -281,6 +282,7 @@ def _trl() -> Loss:
 
 
 def _optax() -> Callable[[Any, Any], Any]:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's remarks on its own speed
     import jax  # noqa: F401
     import optax
 

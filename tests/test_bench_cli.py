@@ -119,6 +119,15 @@ def test_refusals_are_one_line(arguments, said, monkeypatch, capsys):
     assert errors.count("\n") == 1
 
 
+def test_memory_that_runs_out(monkeypatch, capsys):
+    monkeypatch.setattr("bench.measure.free_memory", lambda device: 2**80)
+    monkeypatch.setattr(sys, "argv", ["bench", "run", "--shape", "10000000,1000000", "--peers", "torch"])
+    assert cli.main() == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("cross-entropy-bench: out of memory: ")
+    assert errors.count("\n") == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "run", "--device", "cuda"])

@@ -90,6 +90,15 @@ def test_the_oracle_sees_chunks_as_a_whole(monkeypatch):
     assert step_errors(head, *results[1]) == pytest.approx(whole[1], rel=1e-3, abs=1e-12)
 
 
+def test_underflow_is_no_error_but_loss_is():
+    """A mean over so many rows that float16 has three bits of its gradient."""
+    inputs = Logits.of(case((2**15, 8), "float16"))
+    losses, (gradient,) = PEERS[OURS].run(inputs).result()
+    assert float(gradient.abs().max()) < torch.finfo(torch.float16).smallest_normal
+    assert is_right(loss_errors(inputs, losses, (gradient,)), torch.float16)
+    assert not is_right(loss_errors(inputs, losses, (torch.zeros_like(gradient),)), torch.float16)
+
+
 WRONG = {
     "loss": lambda logits, target: 1.001 * F.cross_entropy(logits, target),
     "gradient": lambda logits, target: F.cross_entropy(logits, target) + 1e-4 * (logits[0, 0] - logits[0, 0].detach()),
