@@ -32,8 +32,10 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
+    """The commit of a checkout, and whether what is measured has changed since."""
     commit = _output("git", "rev-parse", "HEAD") if (ROOT / ".git").exists() else None
-    return f"{commit} with changes" if commit and _output("git", "status", "--porcelain", "-uno") else commit
+    changed = _output("git", "status", "--porcelain", "--", "setup.py", "csrc", "cross_entropy", "bench/*.py")
+    return f"{commit} with changes" if commit and changed else commit
 
 
 def _versions() -> dict[str, str]:
