@@ -89,8 +89,7 @@ def measure(rows: int, classes: int, dtype: torch.dtype) -> dict[str, float]:
         "torch forward": eager["forward"],
         "torch forward + backward": eager["both"],
     }
-    calls = max(4, len(inputs.copies))
-    timed = {name: Timed(operation, cuda_clock, calls) for name, operation in operations.items()}
+    timed = {name: Timed(operation, cuda_clock, inputs.calls) for name, operation in operations.items()}
     samples: dict[str, list[float]] = {name: [] for name in operations}
 
     def failed(name: str, error: Exception) -> None:

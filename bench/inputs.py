@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .results import Case
-from .shapes import DTYPES
+from .shapes import DTYPES, SMALL
 
 CACHES = 2**28
 """Bytes that no device's caches hold."""
+SMALL_CALLS = 50
+"""So many calls of a small shape make a sample; a single one would find the caches cold."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Logits:
         """With the ceilings' tensors, and a competitor that takes three of the logits' size."""
         return 6 * case.logits_bytes
 
+    @property
+    def calls(self) -> int:
+        """How many calls make a sample: each takes a copy of its own, unless they are small."""
+        return SMALL_CALLS if self.copies[0].numel() <= SMALL else len(self.copies)
+
     @cached_property
     def leaves(self) -> list[Tensor]:
         """The copies, each needing a gradient."""
@@ -56,11 +63,13 @@ class Logits:
 
 @dataclass(frozen=True)
 class Head:
-    """A batch of features, the weight of the last layer, and class indices; both need a gradient."""
+    """A batch of features, the weight of the last layer, and class indices; the first two need a gradient."""
 
     hidden: Tensor
     weight: Tensor
     target: Tensor
+
+    calls = 1
 
     @staticmethod
     def of(case: Case) -> "Head":

@@ -1,6 +1,7 @@
 """Measures competitors at shapes: checks each against the oracle, then its memory, then all of them in turns."""
 
 import gc
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,8 +23,6 @@ from .results import Case, Entry, Results
 from .shapes import DTYPES, SMALL
 from .timing import Clock, Operation, Timed, cpu_clock, cuda_clock, cuda_overhead_clock, take_turns
 
-SMALL_CALLS = 50
-"""So many calls of a small shape make a sample; a single one would find the caches cold."""
 SEEN_IN_PAGES = 2**22
 """Bytes of logits from which on the CPU an allocation stands out of the process's resident pages."""
 MEMORY_CALLS = 3
@@ -139,19 +138,17 @@ def _measure_case(case: Case, kind: Kind, peers: list[Peer], settings: Settings,
 
     timed: dict[tuple[str, str], Timed] = {}
     samples: dict[tuple[str, str], list[float]] = {}
-    clock, is_small = _clock(case.device), case.logits_bytes <= SMALL * DTYPES[case.dtype].itemsize
-    calls = max(4, len(inputs.copies)) if case.device == "cuda" and kind.has_ceilings else 1
-    calls = SMALL_CALLS if is_small else calls
+    clock, is_small = _clock(case.device), math.prod(case.shape) <= SMALL
     for peer_name, entrant in entrants.items():
         entry = _entry(case, peer_name)
-        operations = {name: Timed(operation, clock, calls) for name, operation in entrant.operations.items()}
+        operations = {name: Timed(operation, clock, inputs.calls) for name, operation in entrant.operations.items()}
         if is_small and case.device == "cuda" and "forward" in operations:
-            operations["overhead"] = Timed(entrant.operations["forward"], cuda_overhead_clock, calls)
+            operations["overhead"] = Timed(entrant.operations["forward"], cuda_overhead_clock, inputs.calls)
         for name, operation in operations.items():
             timed[peer_name, name] = operation
             samples[peer_name, name] = entry.seconds.setdefault(name, [])
     for name, ceiling in _ceilings(case, inputs).items() if kind.has_ceilings else ():
-        timed["", name] = Timed(ceiling, clock, calls)
+        timed["", name] = Timed(ceiling, clock, inputs.calls)
         samples["", name] = case.ceilings.setdefault(name, [])
 
     def failed(key: tuple[str, str], error: Exception) -> None:

@@ -46,6 +46,15 @@ def on_torch(loss: Loss, inputs: Logits) -> Entrant:
         value.backward()
         return value.detach()
 
+    def with_gradient(call: int) -> tuple[Tensor, Tensor]:
+        leaf = inputs.leaf(call)
+        return leaf, loss(leaf, inputs.target)
+
+    def backward(prepared: tuple[Tensor, Tensor]) -> None:
+        leaf, value = prepared
+        leaf.grad = None  # nothing to add to
+        value.backward()
+
     def result() -> tuple[list[Tensor], tuple[Tensor, ...]]:
         leaf = inputs.leaf(0)
         losses = [forward(0), both(leaf)]
@@ -58,7 +67,7 @@ def on_torch(loss: Loss, inputs: Logits) -> Entrant:
 
     operations = {
         "forward": Operation(forward),
-        "backward": Operation(lambda value: value.backward(), lambda call: loss(inputs.leaf(call), inputs.target)),
+        "backward": Operation(backward, with_gradient),
         "both": Operation(both, inputs.leaf),
     }
     return Entrant(operations, result)

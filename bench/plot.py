@@ -33,7 +33,6 @@ _STYLES = {
 }
 _RC: dict[Any, Any] = {
     "svg.hashsalt": "cross_entropy",  # the same figures give the same file
-    "svg.fonttype": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
@@ -234,13 +233,16 @@ CHARTS: dict[str, dict[str, tuple[Callable[[Results, list[Case]], Figure], Calla
 """Each kind's charts, and the cases that have something to show there."""
 
 
-def draw(results: Results, stem: str, into: Path, formats: Iterable[str]) -> list[Path]:
-    """Writes all charts that the results have something for; for each number of threads its own."""
+def draw(
+    results: Results, stem: str, into: Path, formats: Iterable[str], names: Iterable[str] | None = None
+) -> list[Path]:
+    """Writes the charts of these names, or all that there is something for; of times, one for each number of threads."""
     written = []
     counts = sorted({case.threads for case in results.cases})
     with matplotlib.rc_context(_RC):
-        for name, (chart, suits) in CHARTS[results.kind].items():
-            for count in counts:
+        for name in names or CHARTS[results.kind]:
+            chart, suits = CHARTS[results.kind][name]
+            for count in counts[:1] if name == "memory" else counts:
                 cases = [case for case in results.cases if case.threads == count and suits(case)]
                 if not cases:
                     continue

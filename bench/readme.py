@@ -11,6 +11,7 @@ from .refusal import Refusal
 from .report import bytes_text, time_text
 from .results import OURS, Case, Results, load
 
+CHART = "chart-"
 _BLOCK = re.compile(r"(<!-- ([\w-]+) (bench/results/[\w.-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -20,12 +21,11 @@ def update(root: Path) -> list[Path]:
 
     path = root / "README.md"
     text = path.read_text()
-    files = list(dict.fromkeys(match[3] for match in _BLOCK.finditer(text)))
-    if not files:
-        raise Refusal(f"{path} has no block for figures")
     written = []
-    for file in files:
-        written += plot.draw(load(root / file), Path(file).stem, root / "bench/results", ["svg"])
+    for _, what, file, _ in _BLOCK.findall(text):
+        if what.startswith(CHART):
+            name = what.removeprefix(CHART)
+            written += plot.draw(load(root / file), Path(file).stem, root / "bench/results", ["svg"], [name])
     path.write_text(render(text, root))
     return [path, *written]
 
@@ -41,8 +41,8 @@ def render(text: str, root: Path) -> str:
 
 
 def _content(what: str, file: str, results: Results) -> str:
-    if what.startswith("chart-"):
-        name = what.removeprefix("chart-")
+    if what.startswith(CHART):
+        name = what.removeprefix(CHART)
         return f"![{name}]({file.removesuffix('.json')}-{name}.svg)"
     writers = {"provenance": provenance, "ratios": ratios, "steps": steps}
     if what not in writers:
