@@ -236,7 +236,7 @@ CHARTS: dict[str, dict[str, tuple[Callable[[Results, list[Case]], Figure], Calla
 def draw(
     results: Results, stem: str, into: Path, formats: Iterable[str], names: Iterable[str] | None = None
 ) -> list[Path]:
-    """Writes the charts of these names, or all that there is something for; of times, one for each number of threads."""
+    """Writes the charts of these names or all that have something to show, of times one for each number of threads."""
     written = []
     counts = sorted({case.threads for case in results.cases})
     with matplotlib.rc_context(_RC):
