@@ -23,7 +23,7 @@ from .results import Case, Entry, Results
 from .shapes import DTYPES, SMALL
 from .timing import Clock, Operation, Timed, cpu_clock, cuda_clock, cuda_overhead_clock, take_turns
 
-SEEN_IN_PAGES = 2**22
+SEEN_IN_PAGES = 2**20
 """Bytes of logits from which on the CPU an allocation stands out of the process's resident pages."""
 MEMORY_CALLS = 3
 

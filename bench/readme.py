@@ -76,8 +76,19 @@ def _cell(case: Case, peer: str) -> str:
         return ""
     if entry.status != "measured":
         return entry.status
-    ratios = [case.ratio(peer, operation) for operation in ("forward", "both")]
-    return ", ".join("–" if ratio is None else f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}" for ratio in ratios)
+    return ", ".join(_ratio(case.ratio(peer, operation)) for operation in ("forward", "both"))
+
+
+def _ratio(ratio: float | None) -> str:
+    """Two digits, in bold if the peer is faster."""
+    if ratio is None:
+        return "–"
+    text = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+    return f"**{text}**" if ratio < 1 else text
+
+
+def _label(case: Case) -> str:
+    return f"{case.name} {case.shape}".strip()
 
 
 def ratios(results: Results) -> str:
@@ -86,7 +97,7 @@ def ratios(results: Results) -> str:
     header += [f"× {peer}" for peer in _peers(results)]
     rows = []
     for case in results.cases:
-        row = [str(case.shape), case.dtype, str(case.threads)]
+        row = [_label(case), case.dtype, str(case.threads)]
         for operation in ("forward", "both"):
             seconds, share = case.median(OURS, operation), case.share(OURS, operation)
             row += [time_text(seconds) if seconds else "failed", f"{share:.0%}" if share else ""]
@@ -103,7 +114,7 @@ def steps(results: Results) -> str:
             ratio = case.ratio(entry.peer, "step", "torch")
             rows.append(
                 [
-                    f"{case.name} {case.shape}",
+                    _label(case),
                     case.dtype,
                     entry.peer,
                     time_text(seconds) if seconds else entry.status,
