@@ -33,6 +33,7 @@ _STYLES = {
 }
 _RC: dict[Any, Any] = {
     "svg.hashsalt": "cross_entropy",  # the same figures give the same file
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
@@ -103,6 +104,7 @@ def bandwidth(results: Results, cases: list[Case]) -> Figure:
             xs = [case.shape[1] for case in points]
             axis.plot(xs, ceiling, ":", color="black", linewidth=1.5, label=f"ceiling: {name}")
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set_ylim(bottom=0)
             axis.grid(axis="y", alpha=0.3)
             axis.set_title(f"{'forward' if operation == 'forward' else 'forward + backward'}, {dtype}")
@@ -110,7 +112,8 @@ def bandwidth(results: Results, cases: list[Case]) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("classes")
     handles = _handles(axis for row in axes for axis in row)
-    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
+    order = sorted(handles, key=[*results.peers(), "ceiling: read", "ceiling: copy"].index)
+    figure.legend([handles[name] for name in order], order, loc="outside right center", frameon=False)
     return figure
 
 

@@ -105,7 +105,7 @@ def legend(results: Results) -> RenderableType:
             "% read, % copy: in parts of what torch's sum over, or copy of, as many bytes reaches in the same turns; "
             f"the sum moves {CEILINGS['read']}·N·V·s, the copy {CEILINGS['copy']}·N·V·s",
             "backward: backward() alone; it only scales a gradient that the forward pass has made, so compare both",
-            "overhead: the processor's part of a forward call on CUDA; on the CPU forward of a small shape is little else",
+            "overhead: the processor's part of a forward call on CUDA; on the CPU a small forward is little else",
             "memory: at the peak, beyond logits and target",
         ]
     else:
