@@ -16,8 +16,6 @@ import torch
 
 import cross_entropy
 
-from .refusal import Refusal
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["jax", "optax", "triton", "liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy", "trl"]
 
@@ -120,10 +118,8 @@ def _run_on(cpus: set[int]) -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Lets all that the process does use so many cores: torch by its setting, others by where their threads may run."""
+    """Lets the process use so many of its cores: torch by its setting, others by where their threads may run."""
     allowed, before = os.sched_getaffinity(0), torch.get_num_threads()
-    if count > len(allowed):
-        raise Refusal(f"--threads {count}: this process may use {len(allowed)} cores")
     torch.set_num_threads(count)
     if count < len(allowed):
         _run_on(set(_by_core(allowed)[:count]))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -210,35 +211,22 @@ class Peer:
         return ""
 
 
-# Each has a function of its own, for torch.compile keeps what it compiled with the function's code.
-def _compiled() -> Loss:
-    return torch.compile(lambda logits, target: F.cross_entropy(logits, target))
+def _eager(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
 
 
-def _compiled_static() -> Loss:
-    return torch.compile(lambda logits, target: F.cross_entropy(logits, target), dynamic=False)
+def _eager_linear(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
 
 
-def _autotuned() -> Loss:
-    mode = "max-autotune-no-cudagraphs"
-    return torch.compile(lambda logits, target: F.cross_entropy(logits, target), dynamic=False, mode=mode)
+def _compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """torch.compile keeps what it compiled with the function's code, so that every variant gets code of its own."""
+    copy = FunctionType(function.__code__.replace(), function.__globals__)
+    return torch.compile(copy, **options)
 
 
-def _compiled_linear() -> LinearLoss:
-    return torch.compile(lambda hidden, weight, target: F.cross_entropy(F.linear(hidden, weight), target))
-
-
-def _compiled_static_linear() -> LinearLoss:
-    return torch.compile(
-        lambda hidden, weight, target: F.cross_entropy(F.linear(hidden, weight), target), dynamic=False
-    )
-
-
-def _autotuned_linear() -> LinearLoss:
-    mode = "max-autotune-no-cudagraphs"
-    return torch.compile(
-        lambda hidden, weight, target: F.cross_entropy(F.linear(hidden, weight), target), dynamic=False, mode=mode
-    )
+_STATIC = {"dynamic": False}
+_AUTOTUNED = {"dynamic": False, "mode": "max-autotune-no-cudagraphs"}
 
 
 def _torch_linear() -> LinearLoss:
@@ -311,19 +299,24 @@ PEERS = {
             enter=in_place,
         ),
         Peer("torch", "torch.nn.functional.cross_entropy, eager", loss=lambda: F.cross_entropy),
-        Peer("compile", "the same under torch.compile", loss=_compiled, linear=_compiled_linear),
+        Peer(
+            "compile",
+            "the same under torch.compile",
+            loss=partial(_compiled, _eager),
+            linear=partial(_compiled, _eager_linear),
+        ),
         Peer(
             "compile-static",
             "likewise with dynamic=False",
-            loss=_compiled_static,
-            linear=_compiled_static_linear,
+            loss=partial(_compiled, _eager, **_STATIC),
+            linear=partial(_compiled, _eager_linear, **_STATIC),
             default=False,
         ),
         Peer(
             "compile-autotune",
             "likewise with dynamic=False and max-autotune, without CUDA graphs, which would copy the logits",
-            loss=_autotuned,
-            linear=_autotuned_linear,
+            loss=partial(_compiled, _eager, **_AUTOTUNED),
+            linear=partial(_compiled, _eager_linear, **_AUTOTUNED),
             default=False,
         ),
         Peer(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import measure, peers, timing
+from bench import machine, measure, peers, timing
 from bench.inputs import Head, Logits
 from bench.memory import peak
 from bench.oracle import is_right, loss_errors, step_errors
@@ -198,6 +199,29 @@ def test_peak_memory_counts_memory_that_was_kept():
         leaf = operation.prepare(0)
         peaks.append(peak("cpu", lambda leaf=leaf: operation.run(leaf)) / MIB)
     assert all(abs(found - 16) < 3 for found in peaks), peaks
+
+
+def cores_of_each_thread():
+    return {frozenset(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")}
+
+
+def test_threads_bind_all_that_the_process_runs():
+    torch.ones(10**7).sum()  # has threads of its own from here on
+    before, allowed = torch.get_num_threads(), os.sched_getaffinity(0)
+    with machine.threads(1):
+        assert torch.get_num_threads() == 1
+        (cores,) = cores_of_each_thread()
+        assert len(cores) == 1
+    assert torch.get_num_threads() == before
+    assert cores_of_each_thread() == {frozenset(allowed)}
+
+
+def test_provenance():
+    made = machine.provenance("cpu")
+    assert made["torch"] == torch.__version__
+    assert made["versions"]["jax"]
+    assert made["cores"] == len(os.sched_getaffinity(0))
+    assert all(made[name] for name in ("cpu", "memory_gb", "python", "instructions", "command", "date", "compiler"))
 
 
 def test_missing_peers(monkeypatch):
