@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     difference = commands.add_parser(
         "compare",
         help="what got faster or slower beyond the noise",
-        description="Compares two result files. The exit status is 1 if the competitor got slower, else 0.",
+        description="Compares two result files. The exit status is 1 if the competitor got slower or fails, else 0.",
     )
     difference.add_argument("before", type=Path)
     difference.add_argument("after", type=Path)
@@ -191,16 +191,20 @@ def _plot(arguments: argparse.Namespace, console: Console) -> int:
 
 def _compare(arguments: argparse.Namespace, console: Console) -> int:
     base, threshold = arguments.relative_to, arguments.threshold
-    found = compare.changes(load(arguments.before), load(arguments.after), base)
-    if not any(change.peer == arguments.peer for change in found):
+    before, after = load(arguments.before), load(arguments.after)
+    lost = compare.lost(before, after, arguments.peer)
+    found = compare.changes(before, after, base)
+    if not lost and not any(change.peer == arguments.peer for change in found):
         raise Refusal(f"the two files have nothing in common of {arguments.peer}")
     console.print(compare.table(found, threshold, base))
     if base is None and (drift := compare.drift(found, arguments.peer)):
         console.print(f"the other competitors' times changed by {drift:.2f} together")
+    for text in lost:
+        console.print(f"{arguments.peer} no longer: {text}")
     verdicts = [change.verdict(threshold) for change in found if change.peer == arguments.peer]
     slower, faster = verdicts.count("slower"), verdicts.count("faster")
     console.print(f"{arguments.peer}: {slower} slower and {faster} faster, by more than {threshold:.0%} and the noise")
-    return 1 if slower else 0
+    return 1 if slower or lost else 0
 
 
 def _peers(arguments: argparse.Namespace, console: Console) -> int:

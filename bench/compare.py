@@ -11,7 +11,7 @@ from statistics import geometric_mean
 from rich.table import Table
 
 from .refusal import Refusal
-from .report import shape_text, time_text
+from .report import shape_text, time_text, title
 from .results import Case, Results, Summary, summary
 
 
@@ -64,6 +64,17 @@ def changes(before: Results, after: Results, base: str | None = None) -> list[Ch
     found = list(both())
     if not found:
         raise Refusal("the two files have measured nothing in common" + (f" beside {base}" if base else ""))
+    return found
+
+
+def lost(before: Results, after: Results, peer: str) -> list[str]:
+    """What a competitor no longer manages: where, and why."""
+    found = []
+    old = {case.key: case.entry(peer) for case in before.cases}
+    for case in after.cases:
+        was, now = old.get(case.key), case.entry(peer)
+        if was and now and was.status == "measured" != now.status:
+            found.append(f"{title(case)}: {now.status}: {now.message}")
     return found
 
 

@@ -49,13 +49,24 @@ def test_run_plot_and_compare(tmp_path):
 
     assert bench("compare", json, json).returncode == 0
     for case in found.cases:
-        case.entries[0].seconds = {name: [2 * x for x in samples] for name, samples in case.entries[0].seconds.items()}
+        case.entries[0].seconds = {
+            name: [100 * x for x in samples] for name, samples in case.entries[0].seconds.items()
+        }
     slower = tmp_path / "slower.json"
     found.save(slower)
     compared = bench("compare", json, slower)
     assert compared.returncode == 1
     assert f"{OURS}: 18 slower and 0 faster" in compared.stdout
     assert bench("compare", slower, json).returncode == 0
+
+    found.cases[0].entries[0].status, found.cases[0].entries[0].message = "failed", "no more"
+    found.cases[0].entries[0].seconds = {}
+    found.save(slower)
+    compared = bench("compare", slower, slower)
+    assert compared.returncode == 0
+    compared = bench("compare", json, slower, "--threshold", 9)
+    assert compared.returncode == 1
+    assert f"{OURS} no longer: (8, 100) float32, 1 thread: failed: no more" in compared.stdout
 
 
 def test_train(tmp_path):

@@ -180,6 +180,14 @@ def test_a_faster_machine_is_not_a_faster_loss():
     assert {c.verdict(0.05) for c in relative} == {""}
 
 
+def test_what_fails_now_is_lost():
+    before, after = results(), results()
+    after.cases[1].entries[0] = Entry(OURS, "failed", "out of memory")
+    assert compare.lost(before, after, OURS) == ["(100, 5000) float32, 1 thread: failed: out of memory"]
+    assert compare.lost(before, before, OURS) == []
+    assert compare.lost(before, before, "jax") == []  # has failed before
+
+
 def test_nothing_in_common():
     other = results()
     for case in other.cases:
