@@ -10,8 +10,6 @@ from rich.text import Text
 from .peers import PEERS, Peer
 from .results import CEILING_OF, CEILINGS, OPERATIONS, OURS, PASSES, Case, Entry, Results, summary
 
-LABELS = {"forward": "forward", "backward": "backward", "both": "both", "overhead": "overhead", "step": "step"}
-
 
 def time_text(seconds: float) -> str:
     """Seconds in the unit that suits them."""
@@ -68,14 +66,14 @@ def case_table(case: Case) -> RenderableType:
     remembered = [name for name in OPERATIONS if any(name in entry.memory for entry in case.entries)]
     columns: list[tuple[str, Callable[[Entry], str]]] = []
     for name in operations:
-        columns.append((LABELS[name], partial(_time, operation=name)))
+        columns.append((name, partial(_time, operation=name)))
         if name in ("forward", "both") and case.ceilings:
             columns.append(("GB/s", partial(_bandwidth, case, operation=name)))
             columns.append((f"% {CEILING_OF[name]}", partial(_share, case, operation=name)))
         if name in ("forward", "both", "step"):
             columns.append(("×", partial(_ratio, case, operation=name)))
     for name in remembered:
-        columns.append((f"memory, {LABELS[name]}", partial(_memory, operation=name)))
+        columns.append((f"memory, {name}", partial(_memory, operation=name)))
     table = Table(title=title(case), title_justify="left")
     table.add_column("competitor", no_wrap=True)
     for label, _ in columns:
@@ -98,14 +96,14 @@ def legend(results: Results) -> RenderableType:
         "times: median ± half the distance of the quartiles; all competitors in one process, in turns, in random order",
         f"×: how many times as long as {OURS}; errors: relative to float64, of the loss and of the gradient's norm",
     ]
+    timed = {name for case in results.cases for entry in case.entries for name in entry.seconds}
+    lines += [f"{name}: {what}" for name, what in OPERATIONS.items() if name in timed]
     if results.kind == "run":
         lines += [
             f"GB/s: of the bytes that have to move, with N rows, V classes and s bytes a logit: {_formula('forward')}, "
             f"{_formula('both')}",
             "% read, % copy: in parts of what torch's sum over, or copy of, as many bytes reaches in the same turns; "
             f"the sum moves {CEILINGS['read']}·N·V·s, the copy {CEILINGS['copy']}·N·V·s",
-            "backward: backward() alone; it only scales a gradient that the forward pass has made, so compare both",
-            "overhead: the processor's part of a forward call on CUDA; on the CPU a small forward is little else",
             "memory: at the peak, beyond logits and target",
         ]
     else:
@@ -114,7 +112,7 @@ def legend(results: Results) -> RenderableType:
 
 
 def _formula(operation: str) -> str:
-    return f"{LABELS[operation]} {PASSES[operation]}·N·V·s"
+    return f"{operation} {PASSES[operation]}·N·V·s"
 
 
 def missing(peers: dict[str, str]) -> RenderableType:

@@ -24,11 +24,11 @@ OURS = "cross_entropy"
 INPLACE = "cross_entropy-inplace"
 
 OPERATIONS = {
-    "forward": "forward, without a gradient",
-    "backward": "backward() alone, after a forward pass with a gradient",
-    "both": "forward and backward()",
-    "overhead": "the processor's part of a forward call",
-    "step": "training step: head, loss, backward()",
+    "forward": "the loss without a gradient; of a small shape on the CPU little but the call's overhead",
+    "backward": "backward() alone; where the forward pass has made the gradient it only scales it",
+    "both": "the loss and backward()",
+    "overhead": "the processor's part of a call without a gradient",
+    "step": "head, loss and backward()",
 }
 PASSES = {"forward": 1, "backward": 2, "both": 2}
 """How often an operation has to move the logits' bytes between memory and processor: it reads them, and writes as many
