@@ -15,28 +15,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 
-from .inputs import Logits
-from .machine import ROOT, provenance
-from .peers import on_torch
-from .results import Case
 from .shapes import DTYPES, shapes_of
-from .timing import Operation, Timed, cuda_clock, take_turns
 
+ROOT = Path(__file__).parents[1]
 TESTS = ["autograd", "cross_entropy", "cuda", "deferred_errors", "errors", "special_values", "torch_samples"]
 STEPS = ["build", "tests", "memcheck", "racecheck", "synccheck", "initcheck", "measure"]
 MEASURED = ["bfloat16", "float16", "float32"]
-MEAN = 1  # torch's number for the reduction
 
 
 def run(name: str, *command: str, **environment: str) -> dict[str, Any]:
@@ -67,38 +58,6 @@ def check(step: str) -> dict[str, Any]:
     return run(step, sanitizer, "--tool", step, "--error-exitcode", "1", *regimes, **options)
 
 
-def measure(rows: int, classes: int, dtype: torch.dtype) -> dict[str, float]:
-    """Median seconds of each operator, of a copy and of torch."""
-    operators = torch.ops.cross_entropy
-    case = Case("cuda", (rows, classes), str(dtype).removeprefix("torch."), torch.get_num_threads())
-    inputs = Logits.of(case)
-    target, grad = inputs.target, torch.empty_like(inputs.copies[0])
-    options = (MEAN, -100, 0.0)
-    _, maximum, total, _ = operators.forward(inputs.copies[0], target, None, *options, None)
-    upstream = torch.ones((), device="cuda", dtype=dtype)
-    eager = on_torch(F.cross_entropy, inputs).operations
-
-    def on_logits(operator: Callable[[Tensor], object]) -> Operation:
-        return Operation(lambda call: operator(inputs.logits(call)))
-
-    operations = {
-        "copy": on_logits(grad.copy_),
-        "forward": on_logits(lambda x: operators.loss(x, target, None, *options, None)),
-        "forward with gradient": on_logits(lambda x: operators.forward_grad(x, target, None, *options, None)),
-        "backward": on_logits(lambda x: operators.backward(upstream, None, x, target, None, maximum, total, *options)),
-        "torch forward": eager["forward"],
-        "torch forward + backward": eager["both"],
-    }
-    timed = {name: Timed(operation, cuda_clock, inputs.calls) for name, operation in operations.items()}
-    samples: dict[str, list[float]] = {name: [] for name in operations}
-
-    def failed(name: str, error: Exception) -> None:
-        raise error
-
-    take_turns(timed, samples, failed, lambda turn, turns: None, seconds=0.5, fewest=11)
-    return {name: median(values) for name, values in samples.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; all without")
@@ -116,11 +75,15 @@ def main() -> None:
             checks.append(check(step))
             if step == "build" and not checks[-1]["passed"]:
                 sys.exit(1)
+    from .machine import provenance  # imports what has just been built
+    from .operators import measure
+    from .results import Case
+
     results: list[dict[str, Any]] = []
     here = provenance("cuda")
     for name in MEASURED if "measure" in chosen else []:
         for rows, classes in shapes_of("sweep", "cuda"):
-            seconds = measure(rows, classes, DTYPES[name])
+            seconds = measure(Case("cuda", (rows, classes), name, torch.get_num_threads()), seconds=0.5)
             results.append({"rows": rows, "classes": classes, "dtype": name, "seconds": seconds})
             torch.cuda.empty_cache()
 

@@ -21,7 +21,7 @@ from .peers import Entrant, Peer
 from .refusal import one_line
 from .results import Case, Entry, Results
 from .shapes import DTYPES, SMALL
-from .timing import Clock, Operation, Timed, cpu_clock, cuda_clock, cuda_overhead_clock, take_turns
+from .timing import Operation, Timed, clock_of, cuda_overhead_clock, take_turns
 
 SEEN_IN_PAGES = 2**20
 """Bytes of logits from which on the CPU an allocation stands out of the process's resident pages."""
@@ -58,10 +58,6 @@ def too_large(kind: str, case: Case) -> str:
     if needed <= free:
         return ""
     return f"{case.shape} in {case.dtype} needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-
-
-def _clock(device: str) -> Clock:
-    return cuda_clock if device == "cuda" else cpu_clock
 
 
 def _ceilings(case: Case, inputs: Logits) -> dict[str, Operation]:
@@ -138,7 +134,7 @@ def _measure_case(case: Case, kind: Kind, peers: list[Peer], settings: Settings,
 
     timed: dict[tuple[str, str], Timed] = {}
     samples: dict[tuple[str, str], list[float]] = {}
-    clock, is_small = _clock(case.device), math.prod(case.shape) <= SMALL
+    clock, is_small = clock_of(case.device), math.prod(case.shape) <= SMALL
     for peer_name, entrant in entrants.items():
         entry = _entry(case, peer_name)
         operations = {name: Timed(operation, clock, inputs.calls) for name, operation in entrant.operations.items()}

@@ -55,6 +55,10 @@ def cuda_overhead_clock(operation: Operation, calls: int) -> float:
     return seconds
 
 
+def clock_of(device: str) -> Clock:
+    return cuda_clock if device == "cuda" else cpu_clock
+
+
 @dataclass(frozen=True)
 class Timed:
     """An operation, the clock to take, and how many calls make a sample."""

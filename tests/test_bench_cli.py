@@ -153,6 +153,11 @@ def test_what_is_not_installed_is_named():
     assert result.stderr == 'cross-entropy-bench needs rich: pip install "cross-entropy[bench]"\n'
 
 
+def test_gpu_check_can_build_what_it_checks():
+    code = "import bench.gpu_check, sys; sys.exit('cross_entropy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_list_of_peers():
     result = bench("peers")
     assert result.returncode == 0, result.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import machine, measure, peers, timing
+from bench import machine, measure, operators, peers, timing
 from bench.inputs import Head, Logits
 from bench.memory import peak
 from bench.oracle import is_right, loss_errors, step_errors
@@ -171,6 +171,13 @@ def test_turns_are_shuffled_and_the_first_does_not_count():
     assert len(turns) == 22
     assert len(set(turns)) > 1
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_operators_one_by_one(dtype):
+    found = operators.measure(case(dtype=dtype), seconds=0)
+    assert {"copy", "forward", "forward with gradient", "backward", "torch forward"} < set(found)
+    assert all(seconds > 0 for seconds in found.values())
 
 
 def test_number_of_turns():

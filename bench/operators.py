@@ -1,0 +1,46 @@
+"""Times the operators one by one, which the loss calls together."""
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .inputs import Logits
+from .peers import on_torch
+from .results import Case
+from .timing import Operation, Timed, clock_of, take_turns
+
+MEAN = 1  # torch's number for the reduction
+
+
+def measure(case: Case, seconds: float) -> dict[str, float]:
+    """Median seconds of each operator, of a copy and of torch, all in turns for so long."""
+    operators = torch.ops.cross_entropy
+    inputs = Logits.of(case)
+    target, grad = inputs.target, torch.empty_like(inputs.copies[0])
+    options = (MEAN, -100, 0.0)
+    _, maximum, total, _ = operators.forward(inputs.copies[0], target, None, *options, None)
+    upstream = torch.ones((), device=case.device, dtype=inputs.copies[0].dtype)
+    eager = on_torch(F.cross_entropy, inputs).operations
+
+    def on_logits(operator: Callable[[Tensor], object]) -> Operation:
+        return Operation(lambda call: operator(inputs.logits(call)))
+
+    operations = {
+        "copy": on_logits(grad.copy_),
+        "forward": on_logits(lambda x: operators.loss(x, target, None, *options, None)),
+        "forward with gradient": on_logits(lambda x: operators.forward_grad(x, target, None, *options, None)),
+        "backward": on_logits(lambda x: operators.backward(upstream, None, x, target, None, maximum, total, *options)),
+        "torch forward": eager["forward"],
+        "torch forward + backward": eager["both"],
+    }
+    timed = {name: Timed(operation, clock_of(case.device), inputs.calls) for name, operation in operations.items()}
+    samples: dict[str, list[float]] = {name: [] for name in operations}
+
+    def failed(name: str, error: Exception) -> None:
+        raise error
+
+    take_turns(timed, samples, failed, lambda turn, turns: None, seconds, fewest=11)
+    return {name: median(values) for name, values in samples.items()}
