@@ -1,15 +1,17 @@
 """The benchmark's command line, end to end on the CPU."""
 
+import itertools
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from bench import cli
+from bench.peers import PEERS, Peer
 from bench.results import INPLACE, OURS, load
 
 ROOT = Path(__file__).parents[1]
@@ -81,25 +83,22 @@ def test_train(tmp_path):
     }
 
 
-def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path):
-    json = tmp_path / "results.json"
-    arguments = ["run", "--shape", "8,10", "--shape", "1000,5000", "--dtype", "float32", "--peers", "torch"]
-    command = [sys.executable, "-m", "bench", *arguments, "--seconds", "60", "--json", str(json)]
-    # A shape that is quick, then one that would take a minute.
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (json.exists() and load(json).cases):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        time.sleep(3)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED, errors
-    assert "interrupted; what was measured so far is kept" in output
-    assert "Traceback" not in errors
-    first = load(json).cases[0]
-    assert first.shape == (8, 10)
-    assert len(first.entries[0].seconds["both"]) == 51
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch, capsys):
+    json, calls = tmp_path / "results.json", itertools.count()
+
+    def interrupts(logits, target):
+        if len(logits) == 9 and next(calls) == 500:  # a turn has 150 calls of it
+            signal.raise_signal(signal.SIGINT)
+        return F.cross_entropy(logits, target)
+
+    monkeypatch.setitem(PEERS, "interrupts", Peer("interrupts", "", loss=lambda: interrupts))
+    arguments = ["run", "--shape", "8,10", "--shape", "9,10", "--dtype", "float32", "--peers", "interrupts"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--seconds", "0", "--json", str(json)])
+    assert cli.main() == cli.INTERRUPTED
+    assert "interrupted; what was measured so far is kept" in capsys.readouterr().out
+    first, second = load(json).cases
+    assert [len(samples) for samples in first.entries[0].seconds.values()] == [7, 7, 7]
+    assert all(2 <= len(samples) <= 3 for entry in second.entries for samples in entry.seconds.values())
 
 
 @pytest.mark.parametrize(
