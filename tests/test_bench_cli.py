@@ -83,6 +83,15 @@ def test_train(tmp_path):
     }
 
 
+@pytest.fixture
+def interruptible():
+    """Whoever runs the tests in the background may have had SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch, capsys):
     json, calls = tmp_path / "results.json", itertools.count()
 
