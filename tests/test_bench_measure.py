@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from bench import machine, measure, operators, peers, timing
 from bench.inputs import Head, Logits
@@ -178,6 +179,89 @@ def test_operators_one_by_one(dtype):
     found = operators.measure(case(dtype=dtype), seconds=0)
     assert {"copy", "forward", "forward with gradient", "backward", "torch forward"} < set(found)
     assert all(seconds > 0 for seconds in found.values())
+
+
+class Device(TorchFunctionMode):
+    """Stands in for torch.cuda: its tensors are on the CPU, a call takes 2 s, and it writes down what it is asked."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.asked, self.now, self.allocated = [], 0.0, 100
+        for name in ("_sleep", "synchronize", "reset_peak_memory_stats", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: self.asked.append(name))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: self.allocated)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.allocated + 7)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+    def call(self, _=None):
+        self.asked.append("call")
+        self.now += 2
+
+
+class Event:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.device.asked.append("record")
+        self.time = self.device.now
+
+    def synchronize(self):
+        self.device.asked.append("wait")
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+
+def test_the_device_waits_until_its_calls_are_queued(monkeypatch):
+    device = Device(monkeypatch)
+    operation = timing.Operation(device.call, prepare=lambda call: device.asked.append("prepare"))
+    assert timing.cuda_clock(operation, 3) == 2
+    assert device.asked == [*["prepare"] * 3, "_sleep", "record", *["call"] * 3, "record", "wait"]
+    device.asked.clear()
+    timing.cuda_overhead_clock(operation, 2)
+    assert device.asked == ["synchronize", "prepare", "prepare", "call", "call", "synchronize"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "copies", "calls"),
+    # Small calls are bound by the processor; the others take as many copies as the caches cannot hold, at most 8.
+    [((32, 10), 8, 50), ((1024, 1024), 8, 8), ((8192, 4096), 2, 2), ((8192, 8192), 1, 1)],
+)
+def test_inputs_on_cuda(monkeypatch, shape, copies, calls):
+    with Device(monkeypatch):
+        inputs = Logits.of(Case("cuda", shape, "float32", 1))
+    assert (len(inputs.copies), inputs.calls) == (copies, calls)
+    assert len({logits.data_ptr() for logits in inputs.copies}) == copies
+    assert all(torch.equal(logits, inputs.copies[0]) for logits in inputs.copies)
+
+
+@pytest.mark.parametrize("shape", [(32, 10), (400, 1000)])
+def test_cuda_end_to_end_on_a_stand_in(monkeypatch, shape):
+    timed = Case("cuda", shape, "float32", 1)
+    with Device(monkeypatch):
+        entries = measured(PEERS[OURS], PEERS[INPLACE], PEERS["torch"], cases=[timed])
+    small = shape == (32, 10)
+    assert {name: (entry.status, set(entry.seconds), entry.memory) for name, entry in entries.items()} == {
+        OURS: (
+            "measured",
+            {"forward", "backward", "both"} | ({"overhead"} if small else set()),
+            dict(forward=7, both=7),
+        ),
+        INPLACE: ("measured", {"both"}, {"both": 7}),
+        "torch": (
+            "measured",
+            {"forward", "backward", "both"} | ({"overhead"} if small else set()),
+            dict(forward=7, both=7),
+        ),
+    }
+    assert set(timed.ceilings) == (set() if small else {"read", "copy"})
 
 
 def test_number_of_turns():

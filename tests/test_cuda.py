@@ -1,10 +1,17 @@
 """What only a GPU shows: streams, devices, graphs, the absence of waiting, sizes beyond 32 bits."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import cross_entropy
+from bench.results import load
 from tests import reference
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or cross_entropy.build_info().cuda is None, reason="needs a GPU and the CUDA kernels"
@@ -188,3 +195,15 @@ def test_more_elements_than_bits(bits, inplace):
         logits.requires_grad_()
         grad = torch.autograd.grad(cross_entropy.cross_entropy(logits, target, reduction="sum"), logits)[0]
     assert torch.equal(grad[picked], torch.autograd.grad(sum_of_few, few)[0])
+
+
+def test_benchmark(tmp_path):
+    json = tmp_path / "results.json"
+    shapes = ["--shape", "32,10", "--shape", "4096,1000", "--shape", "2,21,64,64"]
+    command = [sys.executable, "-m", "bench", "run", "--device", "cuda", *shapes, "--peers", "torch", "--seconds", "0"]
+    ran = subprocess.run([*command, "--json", str(json)], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    entries = [entry for case in load(json).cases for entry in case.entries]
+    assert len(entries) == 3 * 2 * 3
+    assert {entry.status for entry in entries} == {"measured"}
+    assert all(entry.memory for entry in entries)
