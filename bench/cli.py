@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=["cpu", "cuda"], help="without: cuda if there is one")
-    command.add_argument("--dtype", nargs="+", metavar="DTYPE", help=f"{', '.join(DTYPES)}")
+    command.add_argument("--dtype", nargs="+", metavar="DTYPE", help=f"{', '.join(DTYPES)}; without: float32 bfloat16")
     command.add_argument("--threads", nargs="+", type=int, metavar="T", help="on the CPU; without: torch's number")
     command.add_argument(
         "--peers", nargs="+", metavar="PEER", help=f"{', '.join(p for p in PEERS if p not in (OURS, INPLACE))}, or all"
@@ -208,8 +208,7 @@ def _compare(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _peers(arguments: argparse.Namespace, console: Console) -> int:
-    missing = {name: f"{peer.install} ({reason})" for name, peer in PEERS.items() if (reason := peer.missing())}
-    console.print(report.peers_table(missing))
+    console.print(report.peers_table())
     return 0
 
 

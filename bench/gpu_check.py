@@ -80,7 +80,7 @@ def main() -> None:
     from .results import Case
 
     results: list[dict[str, Any]] = []
-    here = provenance("cuda")
+    here = provenance("cuda", "bench.gpu_check")
     for name in MEASURED if "measure" in chosen else []:
         for rows, classes in shapes_of("sweep", "cuda"):
             seconds = measure(Case("cuda", (rows, classes), name, torch.get_num_threads()), seconds=0.5)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .results import Case
-from .shapes import DTYPES, SMALL
+from .shapes import DTYPES
 
 CACHES = 2**28
 """Bytes that no device's caches hold."""
@@ -26,6 +26,8 @@ class Logits:
 
     copies: list[Tensor]
     target: Tensor
+    calls: int = 1
+    """That make a sample."""
 
     @staticmethod
     def of(case: Case) -> "Logits":
@@ -34,17 +36,13 @@ class Logits:
         first = torch.randn(case.shape, device=case.device).to(DTYPES[case.dtype])
         rows = (case.shape[0], *case.shape[2:])
         target = torch.randint(case.shape[1], rows, device=case.device)
-        return Logits([first, *(first.clone() for _ in range(count - 1))], target)
+        copies = [first, *(first.clone() for _ in range(count - 1))]
+        return Logits(copies, target, SMALL_CALLS if case.is_small else count)
 
     @staticmethod
     def bytes_needed(case: Case) -> int:
         """With the ceilings' tensors, and a competitor that takes three of the logits' size."""
         return 6 * case.logits_bytes
-
-    @property
-    def calls(self) -> int:
-        """How many calls make a sample: each takes a copy of its own, unless they are small."""
-        return SMALL_CALLS if self.copies[0].numel() <= SMALL else len(self.copies)
 
     @cached_property
     def leaves(self) -> list[Tensor]:

@@ -56,8 +56,13 @@ def _read(path: str) -> dict[str, str]:
     return values
 
 
-def provenance(device: str) -> dict[str, Any]:
-    """Everything that a figure depends on and a reader cannot see."""
+def bytes_in(path: str, name: str) -> int:
+    """What a file of /proc says in kB."""
+    return int(_read(path)[name].split()[0]) * 1024
+
+
+def provenance(device: str, module: str = "bench") -> dict[str, Any]:
+    """Everything that a figure depends on and a reader cannot see; `module` is what was run."""
     build = cross_entropy.build_info()
     described: dict[str, Any] = {
         "cpu": _read("/proc/cpuinfo").get("model name", platform.machine()),
@@ -72,7 +77,7 @@ def provenance(device: str) -> dict[str, Any]:
         "compiler": build.compiler,
         "nvcc": build.cuda,
         "commit": _commit(),
-        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "versions": _versions(),
     }
@@ -91,7 +96,7 @@ def free_memory(device: str) -> int:
     """Bytes that can still be allocated."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return int(_read("/proc/meminfo")["MemAvailable"].split()[0]) * 1024
+    return bytes_in("/proc/meminfo", "MemAvailable")
 
 
 def _by_core(cpus: set[int]) -> list[int]:

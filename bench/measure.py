@@ -1,7 +1,6 @@
 """Measures competitors at shapes: checks each against the oracle, then its memory, then all of them in turns."""
 
 import gc
-import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from .memory import is_exhausted, peak
 from .oracle import TOLERANCE, is_right, loss_errors, step_errors
 from .peers import Entrant, Peer
 from .refusal import one_line
+from .report import title
 from .results import Case, Entry, Results
-from .shapes import DTYPES, SMALL
+from .shapes import DTYPES
 from .timing import Operation, Timed, clock_of, cuda_overhead_clock, take_turns
 
 SEEN_IN_PAGES = 2**20
@@ -62,7 +62,7 @@ def too_large(kind: str, case: Case) -> str:
 
 def _ceilings(case: Case, inputs: Logits) -> dict[str, Operation]:
     """Reading as many bytes as the logits have, and copying them; float32, whose sum is fastest on a CPU."""
-    if inputs.copies[0].numel() <= SMALL:
+    if case.is_small:
         return {}
     size = max(1, case.logits_bytes // (4 * 4096))
     sources = [torch.ones(size, 4096, device=case.device) for _ in inputs.copies]
@@ -84,10 +84,7 @@ class Screen(Progress):
 
     def show(self, case: Case, what: str, part: float) -> None:
         """What runs now, when this part of the case is done."""
-        shape = "×".join(map(str, case.shape))
-        place = f"case {self.done + 1} of {self.tasks[0].total:.0f}"
-        where = "" if case.device == "cuda" else f", {case.threads} thread{'s' * (case.threads > 1)}"
-        text = f"{place}: {shape} {case.dtype}{where}: {what}"
+        text = f"case {self.done + 1} of {self.tasks[0].total:.0f}: {title(case)}: {what}"
         self.update(self.bar, completed=self.done + part, description=text)
 
     def finish_case(self) -> None:
@@ -134,11 +131,11 @@ def _measure_case(case: Case, kind: Kind, peers: list[Peer], settings: Settings,
 
     timed: dict[tuple[str, str], Timed] = {}
     samples: dict[tuple[str, str], list[float]] = {}
-    clock, is_small = clock_of(case.device), math.prod(case.shape) <= SMALL
+    clock = clock_of(case.device)
     for peer_name, entrant in entrants.items():
         entry = _entry(case, peer_name)
         operations = {name: Timed(operation, clock, inputs.calls) for name, operation in entrant.operations.items()}
-        if is_small and case.device == "cuda" and "forward" in operations:
+        if case.is_small and case.device == "cuda" and "forward" in operations:
             operations["overhead"] = Timed(entrant.operations["forward"], cuda_overhead_clock, inputs.calls)
         for name, operation in operations.items():
             timed[peer_name, name] = operation

@@ -6,7 +6,6 @@ taken, of resident pages, whose peak is reset before the call (proc_pid_clear_re
 
 import ctypes
 import gc
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,9 @@ import torch
 
 import cross_entropy
 
-_PROCESS = Path("/proc/self")
+from .machine import bytes_in
+
+_STATUS = "/proc/self/status"
 
 
 def peak(device: str, call: Callable[[], object]) -> int | None:
@@ -43,17 +44,11 @@ def _peak_on_cpu(call: Callable[[], object]) -> int | None:
     cross_entropy.release_memory()
     ctypes.CDLL(None).malloc_trim(0)
     try:
-        (_PROCESS / "clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    before = _status("VmRSS")
+    before = bytes_in(_STATUS, "VmRSS")
     kept = call()
-    after = _status("VmHWM")
+    after = bytes_in(_STATUS, "VmHWM")
     del kept
     return max(0, after - before)
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024

@@ -93,15 +93,13 @@ def overwriting(loss: Loss, inputs: Logits) -> Entrant:
         (gradient,) = torch.autograd.grad(value, edge)
         return value.detach(), gradient
 
+    forward = on_torch(loss, inputs).operations["forward"]  # has no gradient to write
+
     def result() -> tuple[list[Tensor], tuple[Tensor, ...]]:
         value, gradient = both(copy(0))
-        return [forward(0), value], (gradient,)
+        return [forward.run(0), value], (gradient,)
 
-    @torch.no_grad()
-    def forward(call: int) -> Tensor:
-        return loss(inputs.logits(call), inputs.target)
-
-    return Entrant({"forward": Operation(forward), "both": Operation(both, copy)}, result)
+    return Entrant({"forward": forward, "both": Operation(both, copy)}, result)
 
 
 def in_place(loss: Loss, inputs: Logits) -> Entrant:
@@ -143,12 +141,12 @@ def step_on_torch(loss: LinearLoss, inputs: Head) -> Entrant:
     return Entrant({"step": Operation(step, lambda call: inputs.clear())}, result)
 
 
-def step_on_jax(loss: Callable[[Any, Any], Any], inputs: Head) -> Entrant:
+def step_on_jax(loss: Callable[[Any, Any, Any], Any], inputs: Head) -> Entrant:
     import jax
 
     hidden, weight = (jax.dlpack.from_dlpack(tensor.detach()) for tensor in (inputs.hidden, inputs.weight))
     target = jax.dlpack.from_dlpack(inputs.target.int())
-    step = jax.jit(jax.value_and_grad(lambda h, w, t: loss(h @ w.T, t), argnums=(0, 1)))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
     def result() -> tuple[list[Tensor], tuple[Tensor, ...]]:
         value, gradients = step(hidden, weight, target)
@@ -157,9 +155,9 @@ def step_on_jax(loss: Callable[[Any, Any], Any], inputs: Head) -> Entrant:
     return Entrant({"step": Operation(lambda call: jax.block_until_ready(step(hidden, weight, target)))}, result)
 
 
-def headed(loss: Loss) -> LinearLoss:
-    """The last layer of a model, and a loss of its logits."""
-    return lambda hidden, weight, target: loss(F.linear(hidden, weight), target)
+def headed(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """The last layer of a model, and a loss of its logits, in torch or jax."""
+    return lambda hidden, weight, target: loss(hidden @ weight.T, target)
 
 
 @dataclass(frozen=True)
@@ -194,20 +192,19 @@ class Peer:
         if self.linear is not None:
             return self.enter_step(self.linear(), inputs)
         assert self.loss is not None
-        loss = self.loss()
-        return self.enter_step(headed(loss) if self.enter_step is step_on_torch else loss, inputs)
+        return self.enter_step(headed(self.loss()), inputs)
 
     def takes_part(self, kind: str, device: str) -> bool:
         return device in self.devices and (kind == "train" or self.loss is not None)
 
     def missing(self) -> str:
-        """Why it cannot be imported, empty if it can."""
+        """How to install it and why it cannot be imported, empty if it can."""
         try:
             for load in (self.loss, self.linear):
                 if load is not None:
                     load()
         except Exception as error:  # some look for a GPU when they are imported
-            return one_line(error)
+            return f"{self.install} ({one_line(error)})"
         return ""
 
 
@@ -411,8 +408,8 @@ def chosen(names: list[str] | None, kind: str, device: str) -> tuple[list[Peer],
             if names and peer.name in names:
                 here = f"on {device}" if device not in peer.devices else f"in {kind}"
                 raise Refusal(f"{peer.name} does not take part {here}: {peer.what}; lacks {peer.lacks}")
-        elif reason := peer.missing():
-            missing[peer.name] = f"{peer.install} ({reason})"
+        elif how := peer.missing():
+            missing[peer.name] = how
         else:
             peers.append(peer)
     return peers, missing

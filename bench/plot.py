@@ -144,11 +144,6 @@ def _bars(
     axis.grid(axis="x", alpha=0.3)
 
 
-def _case_label(case: Case) -> str:
-    shape = "(" + ", ".join(map(str, case.shape)) + ")"
-    return f"{case.name}\n{shape}" if case.name else shape
-
-
 def _bar_figure(
     results: Results,
     cases: list[Case],
@@ -167,7 +162,7 @@ def _bar_figure(
     for axis, dtype in zip(axes, dtypes, strict=True):
         shown = [case for case in cases if case.dtype == dtype]
         _bars(axis, shown, peers, value, text)
-        axis.set_yticks(range(len(shown)), [_case_label(case) for case in shown])
+        axis.set_yticks(range(len(shown)), [f"{case.name}\n{case.shape}".strip() for case in shown])
         axis.set_title(dtype)
         axis.set_xlabel(unit)
     handles = _handles(axes)

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .peers import PEERS, Peer
+from .peers import PEERS
 from .results import CEILING_OF, CEILINGS, OPERATIONS, OURS, PASSES, Case, Entry, Results, summary
 
 
@@ -24,8 +24,7 @@ def bytes_text(count: int) -> str:
 
 
 def shape_text(case: Case) -> str:
-    shape = "(" + ", ".join(map(str, case.shape)) + ")"
-    return f"{shape} from {case.hidden} features" if case.hidden else shape
+    return f"{case.shape} from {case.hidden} features" if case.hidden else str(case.shape)
 
 
 def title(case: Case) -> str:
@@ -108,26 +107,21 @@ def legend(results: Results) -> RenderableType:
         ]
     else:
         lines.append("memory: at the peak, beyond features and weight")
-    return Group(*(Text(line) for line in lines), missing(results.missing))
+    lines += [f"missing: {name}: {how}" for name, how in results.missing.items()]
+    return Group(*(Text(line) for line in lines))
 
 
 def _formula(operation: str) -> str:
     return f"{operation} {PASSES[operation]}·N·V·s"
 
 
-def missing(peers: dict[str, str]) -> RenderableType:
-    return Group(*(Text(f"missing: {name}: {how}") for name, how in peers.items()))
-
-
-def peers_table(missing: dict[str, str]) -> Table:
+def peers_table() -> Table:
     """Everybody who can take part."""
     table = Table("peer", "what is measured", "where", "lacks", "here", show_lines=True)
-
-    def here(peer: Peer) -> str:
-        return f"missing: {missing[peer.name]}" if peer.name in missing else "yes"
-
     for peer in PEERS.values():
         kinds = [kind for kind in ("run", "train") if kind == "train" or peer.loss is not None]
         where = f"{', '.join(peer.devices)}; {', '.join(kinds)}" + ("" if peer.default else "; if named")
-        table.add_row(peer.name, peer.what, where, peer.lacks or "nothing", here(peer))
+        missing = peer.missing()
+        here = f"missing: {missing}" if missing else "yes"
+        table.add_row(peer.name, peer.what, where, peer.lacks or "nothing", here)
     return table

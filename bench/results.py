@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import Field
 
 from .refusal import Refusal
-from .shapes import DTYPES, Device, Shape
+from .shapes import DTYPES, SMALL, Device, Shape
 
 OURS = "cross_entropy"
 INPLACE = "cross_entropy-inplace"
@@ -108,6 +108,11 @@ class Case:
     @property
     def logits_bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a call is bound by what surrounds the kernel."""
+        return math.prod(self.shape) <= SMALL
 
     def entry(self, peer: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.peer == peer), None)
