@@ -1,7 +1,6 @@
 // Autograd above the operators: the backward node, and the cases that are written from differentiable operators.
 
 #include <ATen/TensorOperators.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -13,6 +12,7 @@
 #include "checks.h"
 #include "formulas.h"
 #include "ops.h"
+#include "problem.h"
 
 namespace ce {
 namespace {
@@ -35,12 +35,42 @@ auto make_node() {
   }
 }
 
+bool requires_grad(const Tensor& tensor) {
+  return tensor.defined() && tensor.requires_grad();
+}
 bool requires_grad(const OptionalTensor& tensor) {
-  return tensor && tensor->defined() && tensor->requires_grad();
+  return tensor && requires_grad(*tensor);
 }
 
+bool has_tangent(const Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
 bool has_tangent(const OptionalTensor& tensor) {
-  return tensor && tensor->defined() && tensor->_fw_grad(/*level=*/0).defined();
+  return tensor && has_tangent(*tensor);
+}
+
+template <typename... Tensors>
+bool any_has_tangent(const Tensors&... tensors) {
+  return (has_tangent(tensors) || ...);
+}
+template <typename... Tensors>
+bool needs_graph(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
+}
+template <typename... Tensors>
+bool is_differentiated(const Tensors&... tensors) {
+  return needs_graph(tensors...) || any_has_tangent(tensors...);
+}
+
+bool is_transformed(const Tensor& tensor) {
+  return tensor.key_set().has_any(
+      c10::DispatchKeySet({c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
+}
+
+// Whether one tensor can be scaled by the other in place: not where only the factor is more than a plain tensor.
+bool can_hold(const Tensor& scaled, const Tensor& factor) {
+  return !is_transformed(factor) && !has_tangent(factor) &&
+         (scaled.key_set().has(c10::DispatchKey::Python) || !factor.key_set().has(c10::DispatchKey::Python));
 }
 
 Tensor or_undefined(const OptionalTensor& tensor) {
@@ -78,10 +108,10 @@ struct LossBackward : Node {
     if (grad.defined() && !at::GradMode::is_enabled()) {
       // Handed out once: what the engine has got is never written to again.
       Tensor result = std::move(grad);
-      if (at::isTensorSubclassLike(grad_loss)) {
-        result = (result * grad_loss).to(result.scalar_type());
-      } else {
+      if (can_hold(result, grad_loss)) {
         op::scale_(result, grad_loss);
+      } else {
+        result = (result * grad_loss).to(result.scalar_type());
       }
       outputs[kLogits] = std::move(result);
       return outputs;
@@ -155,21 +185,23 @@ void save_inputs(NodeType& node, const Tensor& logits, const Tensor& target, con
   node->weight = SavedVariable(or_undefined(weight), false);
 }
 
+template <typename NodeType>
+void save_rows(NodeType& node, const Tensor& max, const Tensor& sum) {
+  node->max = SavedVariable(max, /*is_output=*/false);
+  node->sum = SavedVariable(sum, false);
+}
+
 void check_index_weight(const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
   TORCH_CHECK(is_probabilities(logits, target) || !requires_grad(weight) || !at::GradMode::is_enabled(),
               "The function 'cross_entropy' is not differentiable with respect to argument 'weight' for class indices. "
               "This input cannot have requires_grad True.");
 }
 
-bool needs_graph(const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
-  return at::GradMode::is_enabled() && (logits.requires_grad() || target.requires_grad() || requires_grad(weight));
-}
-
 Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                      int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   check_index_weight(logits, target, weight);
-  if (has_tangent(logits) || has_tangent(target) || has_tangent(weight)) {
+  if (any_has_tangent(logits, target, weight)) {
     check(logits, target, weight, options);
     return formulas::loss(logits, target, weight, options);
   }
@@ -185,8 +217,7 @@ Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalT
       std::tie(loss, node->grad) = op::forward_grad(logits, target, weight, options);
     } else {
       std::tie(loss, max, sum, std::ignore) = op::forward(logits, target, weight, options);
-      node->max = SavedVariable(max, false);
-      node->sum = SavedVariable(sum, false);
+      save_rows(node, max, sum);
     }
   }
   save_inputs(node, logits, target, weight);
@@ -197,12 +228,15 @@ Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalT
 Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                       int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
+  if (is_transformed(
+          logits)) {  // Transforms of torch.func differentiate the gradient too, for which it needs its logits.
+    return op::loss(logits, target, weight, options);
+  }
   check(logits, target, weight, options);
   check_index_weight(logits, target, weight);
   TORCH_CHECK(!target.requires_grad() && !requires_grad(weight),
               "cross_entropy: inplace=True overwrites the logits that the gradients of target and weight need");
-  TORCH_CHECK(!has_tangent(logits) && !has_tangent(target) && !has_tangent(weight),
-              "cross_entropy: inplace=True has no forward-mode gradient");
+  TORCH_CHECK(!any_has_tangent(logits, target, weight), "cross_entropy: inplace=True has no forward-mode gradient");
   if (!needs_graph(logits, target, weight)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return op::loss(logits, target, weight, options);
@@ -225,8 +259,7 @@ Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
     std::tie(loss, max, sum, std::ignore) = op::forward(logits, target, weight, options);
-    node->max = SavedVariable(max, false);
-    node->sum = SavedVariable(sum, false);
+    save_rows(node, max, sum);
     node->overwrites_logits = true;
     save_inputs(node, logits, target, weight);
   }
@@ -234,30 +267,95 @@ Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor
   return loss;
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_stats_autograd(const Tensor& logits, const Tensor& target,
-                                                      const OptionalTensor& weight, int64_t ignore_index,
-                                                      double label_smoothing) {
-  const Options options{at::Reduction::None, ignore_index, label_smoothing,
-                        logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat};
-  check(logits, target, weight, options);
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Tensor& logits, const Tensor& target,
+                                                            const OptionalTensor& weight, int64_t reduction,
+                                                            int64_t ignore_index, double label_smoothing,
+                                                            std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
   check_index_weight(logits, target, weight);
   Tensor loss, max, sum, lse;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     std::tie(loss, max, sum, lse) = op::forward(logits, target, weight, options);
   }
-  if (has_tangent(logits) || has_tangent(target) || has_tangent(weight)) {
-    return {max, formulas::lse(logits), formulas::loss(logits, target, weight, options)};
+  if (any_has_tangent(logits, target, weight)) {
+    return {formulas::loss(logits, target, weight, options), max, sum, formulas::lse(logits)};
   }
   if (needs_graph(logits, target, weight)) {
     auto node = make_backward(logits, target, weight, options);
-    node->max = SavedVariable(max, false);
-    node->sum = SavedVariable(sum, false);
+    save_rows(node, max, sum);
     save_inputs(node, logits, target, weight);
     torch::autograd::set_history(loss, node);
     torch::autograd::set_history(lse, node);
   }
+  return {loss, max, sum, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_stats_autograd(const Tensor& logits, const Tensor& target,
+                                                      const OptionalTensor& weight, int64_t ignore_index,
+                                                      double label_smoothing) {
+  const auto [loss, max, sum, lse] =
+      forward_autograd(logits, target, weight, at::Reduction::None, ignore_index, label_smoothing,
+                       logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   return {max, lse, loss};
+}
+
+// The steps are differentiated where transforms of torch.func are nested, each level of which has an autograd of its
+// own: what is below the autograd of one is differentiated by the next.
+
+std::tuple<Tensor, Tensor> forward_grad_autograd(const Tensor& logits, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                 double label_smoothing, std::optional<ScalarType> dtype) {
+  const Options options{reduction, ignore_index, label_smoothing, dtype};
+  if (is_differentiated(logits, target, weight)) {
+    const Tensor loss = op::loss(logits, target, weight, options);
+    const Tensor one = at::ones({}, logits.options().dtype(accumulator_of(logits.scalar_type())));
+    return {loss, formulas::gradients(one, {}, logits, target, weight, options)[0]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op::forward_grad(logits, target, weight, options);
+}
+
+Tensor backward_autograd(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
+                         const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
+                         int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  const Options options{reduction, ignore_index, label_smoothing};
+  if (is_differentiated(grad_loss, grad_lse, logits, target, weight)) {
+    return formulas::gradients(grad_loss, or_undefined(grad_lse), logits, target, weight, options)[0];
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op::backward(grad_loss, grad_lse, logits, target, weight, max, sum, options);
+}
+
+Tensor target_backward_autograd(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
+                                double label_smoothing) {
+  const Options options{reduction, /*ignore_index=*/-100, label_smoothing};
+  if (is_differentiated(grad_loss, logits, target, weight)) {
+    return formulas::gradients(grad_loss, {}, logits, target, weight, options)[1];
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op::target_backward(grad_loss, logits, target, weight, max, sum, options);
+}
+
+Tensor weight_backward_autograd(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                                const Tensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
+                                double label_smoothing) {
+  const Options options{reduction, /*ignore_index=*/-100, label_smoothing};
+  if (is_differentiated(grad_loss, logits, target, weight)) {
+    return formulas::gradients(grad_loss, {}, logits, target, weight, options)[2];
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op::weight_backward(grad_loss, logits, target, weight, max, sum, options);
+}
+
+void scale__autograd(Tensor& grad, const Tensor& factor) {
+  if (is_differentiated(grad, factor)) {
+    grad.mul_(factor);
+    return;
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  op::scale_(grad, factor);
 }
 
 }  // namespace
@@ -317,6 +415,12 @@ Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor
 
 TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
   m.impl("loss", &loss_autograd);
+  m.impl("forward", &forward_autograd);
+  m.impl("forward_grad", &forward_grad_autograd);
+  m.impl("backward", &backward_autograd);
+  m.impl("target_backward", &target_backward_autograd);
+  m.impl("weight_backward", &weight_backward_autograd);
+  m.impl("scale_", &scale__autograd);
   m.impl("cross_entropy_", &loss_autograd_);
   m.impl("row_stats", &row_stats_autograd);
 }

@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Reduction.h>
+#include <c10/util/irange.h>
 
 #include "checks.h"
 #include "problem.h"
@@ -13,69 +14,57 @@ namespace {
 
 using at::Tensor;
 
+c10::SymInt rows_of(const Tensor& logits) {
+  c10::SymInt rows = 1;
+  for (const auto d : c10::irange(logits.dim())) {
+    rows *= d == class_dim(logits) ? c10::SymInt(1) : logits.sym_size(d);
+  }
+  return rows;
+}
+
+// 0 in ignored rows, and a class in those that are out of bounds: a kernel of this project reports them.
+Tensor index_of(const Tensor& target, const Tensor& logits, const Options& options) {
+  const Tensor index = target.to(at::kLong);
+  return index.masked_fill(index == options.ignore_index, 0).clamp(0, logits.sym_size(class_dim(logits)) - 1);
+}
+
 // The operands of one call in the accumulator's dtype, the class dimension kept in all of them.
 struct Operands {
   int64_t dim;
   Tensor z;             // logits, with 0 in ignored rows
   Tensor w;             // class weights, shaped to broadcast
-  Tensor index;         // of class-index targets, 0 in ignored rows
+  Tensor index;         // of class-index targets
   Tensor kept;          // of class-index targets: 1, or 0 in ignored rows
   Tensor background;    // the coefficients of row_loss.h, but for the part that only an index target has
   Tensor target_part;   // that part, per row
   Tensor coefficients;  // the sum of all coefficients, per row
-  Tensor divisor;       // of the mean, else undefined
   double keep, uniform;
 
   Operands(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options)
       : dim(class_dim(logits)) {
     const auto acc = accumulator_of(logits.scalar_type());
-    const auto classes = logits.size(dim);
-    const auto smoothing = make_smoothing<double>(options.label_smoothing, classes);
+    const auto smoothing =
+        make_smoothing<double>(options.label_smoothing, logits.sym_size(dim).guard_int(__FILE__, __LINE__));
     keep = smoothing.keep;
     uniform = smoothing.uniform;
     z = logits.to(acc);
-    at::DimVector broadcast(logits.dim(), 1);
-    broadcast[dim] = classes;
-    w = weight && weight->defined() ? weight->to(acc).view(broadcast) : at::ones(broadcast, z.options());
-    const bool mean = options.reduction == at::Reduction::Mean;
+    c10::SymDimVector broadcast(logits.dim(), 1);
+    broadcast[dim] = logits.sym_size(dim);
+    w = weight && weight->defined() ? weight->to(acc).view_symint(broadcast) : at::ones_symint(broadcast, z.options());
     if (is_probabilities(logits, target)) {
       background = w * (keep * target.to(acc) + uniform);
       coefficients = background.sum(dim, /*keepdim=*/true);
-      if (mean) {
-        divisor = at::full({}, static_cast<double>(logits.numel()) / static_cast<double>(classes), z.options());
-      }
       return;
     }
-    const Tensor rows = target.to(at::kLong).reshape(coefficient_shape(logits));
-    const Tensor is_kept = rows != options.ignore_index;
-    kept = is_kept.to(acc);
-    index = rows.masked_fill(is_kept.logical_not(), 0);
-    z = z.masked_fill(is_kept.logical_not(), 0);
-    const Tensor target_weight = w.expand_as(z).gather(dim, index) * kept;
+    c10::SymDimVector column(logits.sym_sizes().begin(), logits.sym_sizes().end());
+    column[dim] = 1;
+    const Tensor is_ignored = (target == options.ignore_index).reshape_symint(column);
+    kept = is_ignored.logical_not().to(acc);
+    index = index_of(target, logits, options).reshape_symint(column);
+    z = z.masked_fill(is_ignored, 0);
     background = w * uniform * kept;
-    target_part = keep * target_weight;
+    target_part = keep * w.expand_as(z).gather(dim, index) * kept;
     coefficients = background.sum(dim, true) + target_part;
-    if (mean) {
-      divisor = target_weight.sum();
-    }
-  }
-
-  at::DimVector coefficient_shape(const Tensor& logits) const {
-    at::DimVector shape(logits.sizes().begin(), logits.sizes().end());
-    shape[dim] = 1;
-    return shape;
-  }
-
-  // The gradient that reaches each row's loss.
-  Tensor upstream(const Tensor& grad_loss, const Options& options) const {
-    if (!grad_loss.defined()) {
-      return at::zeros({}, z.options());
-    }
-    Tensor g = grad_loss.to(z.scalar_type());
-    if (options.reduction == at::Reduction::None) {
-      return g.unsqueeze(dim);
-    }
-    return divisor.defined() ? g / divisor : g;
   }
 };
 
@@ -91,6 +80,41 @@ Tensor lse(const Tensor& logits) {
   return at::logsumexp(logits.to(accumulator_of(logits.scalar_type())), class_dim(logits));
 }
 
+Tensor divisor(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options) {
+  if (options.reduction != at::Reduction::Mean) {
+    return {};
+  }
+  const auto acc = accumulator_of(logits.scalar_type());
+  if (is_probabilities(logits, target)) {
+    return at::full_symint({}, rows_of(logits), logits.options().dtype(acc));
+  }
+  const Tensor kept = (target != options.ignore_index).to(acc);
+  if (!weight || !weight->defined()) {
+    return kept.sum();
+  }
+  return (at::index(weight->to(acc), {index_of(target, logits, options)}) * kept).sum();
+}
+
+Tensor reduce(const Tensor& rows, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+              const Options& options) {
+  Tensor result = rows;
+  if (options.reduction != at::Reduction::None) {
+    const Tensor by = divisor(logits, target, weight, options);
+    result = by.defined() ? rows.sum() / by : rows.sum();
+  }
+  return result.to(options.dtype.value_or(logits.scalar_type()));
+}
+
+Tensor upstream_of_rows(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                        const OptionalTensor& weight, const Options& options) {
+  const auto acc = accumulator_of(logits.scalar_type());
+  if (!grad_loss.defined()) {
+    return at::zeros({}, logits.options().dtype(acc));
+  }
+  const Tensor by = divisor(logits, target, weight, options);
+  return by.defined() ? grad_loss.to(acc) / by : grad_loss.to(acc);
+}
+
 Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options) {
   const Operands o(logits, target, weight, options);
   const Tensor log_p = o.z - at::logsumexp(o.z, o.dim, /*keepdim=*/true);
@@ -98,17 +122,17 @@ Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& we
   if (o.index.defined()) {
     rows = rows - (o.target_part * log_p.gather(o.dim, o.index)).squeeze(o.dim);
   }
-  if (options.reduction != at::Reduction::None) {
-    rows = o.divisor.defined() ? rows.sum() / o.divisor : rows.sum();
-  }
-  return rows.to(options.dtype.value_or(logits.scalar_type()));
+  return reduce(rows, logits, target, weight, options);
 }
 
 std::array<Tensor, 3> gradients(const Tensor& grad_loss, const Tensor& grad_lse, const Tensor& logits,
                                 const Tensor& target, const OptionalTensor& weight, const Options& options) {
   const Operands o(logits, target, weight, options);
   const Tensor log_p = log_probabilities(o.z, o.dim);
-  const Tensor g = o.upstream(grad_loss, options);
+  Tensor g = upstream_of_rows(grad_loss, logits, target, weight, options);
+  if (options.reduction == at::Reduction::None && grad_loss.defined()) {
+    g = g.unsqueeze(o.dim);
+  }
 
   Tensor logits_grad = g * (o.coefficients * log_p.exp() - o.background);
   if (o.index.defined()) {
@@ -123,7 +147,8 @@ std::array<Tensor, 3> gradients(const Tensor& grad_loss, const Tensor& grad_lse,
     result[1] = (-g * o.keep * o.w * log_p).to(target.scalar_type());
     if (weight && weight->defined()) {
       const Tensor terms = -g * (o.keep * target.to(o.z.scalar_type()) + o.uniform) * log_p;
-      result[2] = terms.transpose(0, o.dim).reshape({logits.size(o.dim), -1}).sum(1).to(weight->scalar_type());
+      result[2] =
+          terms.transpose(0, o.dim).reshape_symint({logits.sym_size(o.dim), -1}).sum(1).to(weight->scalar_type());
     }
   }
   return result;
