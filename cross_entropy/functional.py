@@ -1,6 +1,6 @@
 """The functions of the package: argument forms around the compiled operators."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,25 @@ from cross_entropy import _C
 __all__ = ["RowStats", "check_errors", "cross_entropy", "row_stats"]
 
 
-class RowStats(NamedTuple):
-    """What one read of the logits tells about each row; see :func:`row_stats`."""
-
+class _RowStats(NamedTuple):
     maximum: Tensor
     logsumexp: Tensor
     loss: Tensor
+
+
+class RowStats(_RowStats):
+    """What one read of the logits tells about each row; see :func:`row_stats`."""
+
+    __slots__ = ()
+
+    def __new__(cls, *results: Any) -> "RowStats":
+        # Tensor.__torch_function__ makes what a subclass gets back from a single iterable, as torch's own are made.
+        return super().__new__(cls, *(results[0] if len(results) == 1 else results))
+
+
+def _prepare_for(logits: Tensor) -> None:
+    if type(logits).__name__ == "DTensor":
+        import cross_entropy.sharding  # noqa: F401
 
 
 def cross_entropy(
@@ -84,6 +97,7 @@ def cross_entropy(
             label_smoothing=label_smoothing,
             inplace=inplace,
         )
+    _prepare_for(input)
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     number = _Reduction.get_enum(reduction)
@@ -125,6 +139,7 @@ def row_stats(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
+    _prepare_for(logits)
     if is_compiling():
         operator = torch.ops.cross_entropy.row_stats
         return RowStats(*operator(logits, target, weight, ignore_index, label_smoothing))

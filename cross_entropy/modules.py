@@ -1,5 +1,7 @@
 """The loss as a module."""
 
+from typing import Never
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace = inplace
+
+    def __prepare_scriptable__(self) -> Never:
+        raise NotImplementedError(
+            "cross_entropy does not support TorchScript, which torch has deprecated: use torch.compile or "
+            "torch.export. Code that has to be scripted can call torch.ops.cross_entropy.cross_entropy"
+        )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(

@@ -7,7 +7,11 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
+
+#include <array>
+#include <utility>
 
 #include "checks.h"
 #include "formulas.h"
@@ -63,8 +67,8 @@ bool is_differentiated(const Tensors&... tensors) {
 }
 
 bool is_transformed(const Tensor& tensor) {
-  return tensor.key_set().has_any(
-      c10::DispatchKeySet({c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched}));
+  return tensor.key_set().has_any(c10::DispatchKeySet(
+      {c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
 }
 
 // Whether one tensor can be scaled by the other in place: not where only the factor is more than a plain tensor.
@@ -83,18 +87,47 @@ struct LossBackward : Node {
 
   Options options{};
   SavedVariable logits, target, weight;
-  SavedVariable max, sum;  // where the gradient is left to the backward pass
-  Tensor grad;             // where the forward pass has computed it, for an upstream gradient of 1
-  bool overwrites_logits = false;
+  SavedVariable max, sum;          // where the gradient is left to the backward pass
+  Tensor grad;                     // where the forward pass has computed it, for an upstream gradient of 1
+  bool replaces_logits = false;    // that gradient is in their memory; or
+  bool overwrites_logits = false;  // the backward pass writes it there
 
   std::string name() const override { return "CrossEntropyBackward"; }
 
+  auto saved_variables() { return std::array{&logits, &target, &weight, &max, &sum}; }
+
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&logits, &target, &weight, &max, &sum}) {
-      saved->reset_data();
+    for (SavedVariable* variable : saved_variables()) {
+      variable->reset_data();
     }
     grad.reset();
+  }
+
+  // Compiled autograd traces the backward pass with stand-ins for what was saved.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(options.reduction);
+    args.collect(options.ignore_index);
+    args.collect(options.label_smoothing);
+    args.collect(overwrites_logits);
+    for (const SavedVariable* variable : const_cast<LossBackward*>(this)->saved_variables()) {
+      args.collect(*variable, /*is_output=*/false);
+    }
+  }
+
+  variable_list apply_with_saved(const variable_list& inputs,
+                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    TORCH_CHECK_NOT_IMPLEMENTED(!replaces_logits, "cross_entropy: inplace=True does not work with compiled autograd");
+    for (SavedVariable* variable : saved_variables()) {
+      saved.before(*variable);
+    }
+    const Tensor kept = std::exchange(grad, {});  // the inputs of the trace have no shape that it could be scaled by
+    variable_list outputs = apply(variable_list(inputs));
+    grad = kept;
+    for (SavedVariable* variable : saved_variables()) {
+      saved.after(*variable);
+    }
+    return outputs;
   }
 
   variable_list apply(variable_list&& inputs) override {
@@ -116,6 +149,10 @@ struct LossBackward : Node {
       outputs[kLogits] = std::move(result);
       return outputs;
     }
+    TORCH_CHECK(
+        !replaces_logits,
+        "cross_entropy: after inplace=True there are no logits from which a gradient could be computed a second "
+        "time, or differentiated");
     const Tensor x = logits.unpack();
     const Tensor q = target.unpack();
     const OptionalTensor w = weight.unpack();
@@ -249,6 +286,7 @@ Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor
   if (computes_grad_in_forward(logits, options)) {
     {
       at::AutoDispatchBelowADInplaceOrView guard;
+      node->replaces_logits = true;
       node->grad = logits.detach();
       loss = op::forward_grad_(node->grad, target, weight, options);
     }
@@ -291,13 +329,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Tensor& logits
   return {loss, max, sum, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_stats_autograd(const Tensor& logits, const Tensor& target,
-                                                      const OptionalTensor& weight, int64_t ignore_index,
-                                                      double label_smoothing) {
-  const auto [loss, max, sum, lse] =
-      forward_autograd(logits, target, weight, at::Reduction::None, ignore_index, label_smoothing,
-                       logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  return {max, lse, loss};
+Tensor loss_not_replaced(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                         int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, dtype});
 }
 
 // The steps are differentiated where transforms of torch.func are nested, each level of which has an autograd of its
@@ -386,10 +420,10 @@ Tensor cross_entropy_(Tensor logits, const Tensor& target, const OptionalTensor&
 
 std::tuple<Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                              int64_t ignore_index, double label_smoothing) {
-  static const auto call = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("cross_entropy::row_stats", "")
-                               .typed<decltype(row_stats_autograd)>();
-  return call.call(logits, target, weight, ignore_index, label_smoothing);
+  const auto [loss, max, sum, lse] =
+      op::forward(logits, target, weight,
+                  {at::Reduction::None, ignore_index, label_smoothing, accumulator_of(logits.scalar_type())});
+  return {max, lse, loss};
 }
 
 namespace {
@@ -422,7 +456,11 @@ TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
   m.impl("weight_backward", &weight_backward_autograd);
   m.impl("scale_", &scale__autograd);
   m.impl("cross_entropy_", &loss_autograd_);
-  m.impl("row_stats", &row_stats_autograd);
+}
+
+// Where there is no autograd: of tensors made in inference mode.
+TORCH_LIBRARY_IMPL(cross_entropy, CompositeExplicitAutograd, m) {
+  m.impl("cross_entropy_", &loss_not_replaced);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy, AutocastCPU, m) {

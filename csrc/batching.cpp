@@ -126,15 +126,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Tensor& logits,
   return {formulas::reduce(rows, logits, target, weight, options), max, sum, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_stats_batched(const Tensor& logits, const Tensor& target,
-                                                     const OptionalTensor& weight, int64_t ignore_index,
-                                                     double label_smoothing) {
-  const Options options{at::Reduction::None, ignore_index, label_smoothing};
-  check(logits, target, weight, options);
-  const auto [loss, max, sum, lse] = rows_batched(logits, target, weight, options);
-  return {max, lse, loss};
-}
-
 Tensor backward_batched(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
                         const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
                         int64_t reduction, int64_t ignore_index, double label_smoothing) {
@@ -201,7 +192,6 @@ void scale__batched(Tensor& grad, const Tensor& factor) {
 TORCH_LIBRARY_IMPL(cross_entropy, FuncTorchBatched, m) {
   m.impl("loss", &loss_batched);
   m.impl("cross_entropy_", &loss_batched_);
-  m.impl("row_stats", &row_stats_batched);
   m.impl("forward", &forward_batched);
   m.impl("forward_grad", &forward_grad_batched);
   m.impl("backward", &backward_batched);

@@ -12,6 +12,7 @@
 
 #include "backends.h"
 #include "checks.h"
+#include "formulas.h"
 #include "problem.h"
 
 namespace ce {
@@ -315,7 +316,13 @@ TORCH_LIBRARY(cross_entropy, m) {
         ", ScalarType? dtype=None) -> Tensor");
   m.def(
       "row_stats(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
-      " -> (Tensor maximum, Tensor logsumexp, Tensor loss)");
+      " -> (Tensor maximum, Tensor logsumexp, Tensor loss)",
+      &row_stats);
+
+  m.def("divisor(Tensor logits, Tensor target, Tensor? weight, int ignore_index) -> Tensor",
+        [](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index) {
+          return formulas::divisor(logits, target, weight, {at::Reduction::Mean, ignore_index, 0});
+        });
 
   m.def("loss(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS ", ScalarType? dtype) -> Tensor");
   m.def("forward(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
