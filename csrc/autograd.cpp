@@ -107,7 +107,7 @@ struct LossBackward : Node {
   // Compiled autograd traces the backward pass with stand-ins for what was saved.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(options.reduction);
-    args.collect(options.ignore_index);
+    args.collect(options.ignore_index.guard_int(__FILE__, __LINE__));
     args.collect(options.label_smoothing);
     args.collect(overwrites_logits);
     for (const SavedVariable* variable : const_cast<LossBackward*>(this)->saved_variables()) {
@@ -235,7 +235,7 @@ void check_index_weight(const Tensor& logits, const Tensor& target, const Option
 }
 
 Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                     c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   check_index_weight(logits, target, weight);
   if (any_has_tangent(logits, target, weight)) {
@@ -263,7 +263,7 @@ Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalT
 }
 
 Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                      int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                      c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   if (is_transformed(
           logits)) {  // Transforms of torch.func differentiate the gradient too, for which it needs its logits.
@@ -307,7 +307,7 @@ Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Tensor& logits, const Tensor& target,
                                                             const OptionalTensor& weight, int64_t reduction,
-                                                            int64_t ignore_index, double label_smoothing,
+                                                            c10::SymInt ignore_index, double label_smoothing,
                                                             std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   check_index_weight(logits, target, weight);
@@ -330,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Tensor& logits
 }
 
 Tensor loss_not_replaced(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                         int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                         c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, dtype});
 }
 
@@ -338,8 +338,9 @@ Tensor loss_not_replaced(Tensor& logits, const Tensor& target, const OptionalTen
 // own: what is below the autograd of one is differentiated by the next.
 
 std::tuple<Tensor, Tensor> forward_grad_autograd(const Tensor& logits, const Tensor& target,
-                                                 const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                 double label_smoothing, std::optional<ScalarType> dtype) {
+                                                 const OptionalTensor& weight, int64_t reduction,
+                                                 c10::SymInt ignore_index, double label_smoothing,
+                                                 std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   if (is_differentiated(logits, target, weight)) {
     const Tensor loss = op::loss(logits, target, weight, options);
@@ -352,7 +353,7 @@ std::tuple<Tensor, Tensor> forward_grad_autograd(const Tensor& logits, const Ten
 
 Tensor backward_autograd(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
                          const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
-                         int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
   const Options options{reduction, ignore_index, label_smoothing};
   if (is_differentiated(grad_loss, grad_lse, logits, target, weight)) {
     return formulas::gradients(grad_loss, or_undefined(grad_lse), logits, target, weight, options)[0];
@@ -395,7 +396,7 @@ void scale__autograd(Tensor& grad, const Tensor& factor) {
 }  // namespace
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                     c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   if (at::isFloatingType(target.scalar_type()) && at::isFloatingType(logits.scalar_type()) &&
       is_probabilities(logits, target)) {
@@ -411,7 +412,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
 }
 
 Tensor cross_entropy_(Tensor logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                      int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                      c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   static const auto call = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("cross_entropy::cross_entropy_", "")
                                .typed<decltype(loss_autograd_)>();
@@ -419,7 +420,7 @@ Tensor cross_entropy_(Tensor logits, const Tensor& target, const OptionalTensor&
 }
 
 std::tuple<Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                             int64_t ignore_index, double label_smoothing) {
+                                             c10::SymInt ignore_index, double label_smoothing) {
   const auto [loss, max, sum, lse] =
       op::forward(logits, target, weight,
                   {at::Reduction::None, ignore_index, label_smoothing, accumulator_of(logits.scalar_type())});
@@ -431,7 +432,8 @@ namespace {
 // Autocast runs the loss in float32, as torch does. The kernels read half types and compute in float32 anyway, so
 // that asking for a float32 loss gives the same result without a copy of the logits.
 Tensor loss_autocast(c10::DeviceType device, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                     int64_t reduction, int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                     int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                     std::optional<ScalarType> dtype) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const ScalarType type = logits.scalar_type();
   const bool half = type == at::kHalf || type == at::kBFloat16;
@@ -441,7 +443,7 @@ Tensor loss_autocast(c10::DeviceType device, const Tensor& logits, const Tensor&
 
 template <c10::DeviceType kDevice>
 Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   return loss_autocast(kDevice, logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
 }
 

@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rows_batched(const Tensor& logits, co
 }
 
 Tensor loss_batched(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                    int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                    c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   check(logits, target, weight, options);
   const Batch batch({logits, target, weight});
@@ -112,13 +112,13 @@ Tensor loss_batched(const Tensor& logits, const Tensor& target, const OptionalTe
 
 // The gradient of the batch is not written over its logits: a transform outside of this one may still need them.
 Tensor loss_batched_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                     c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, dtype});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Tensor& logits, const Tensor& target,
                                                            const OptionalTensor& weight, int64_t reduction,
-                                                           int64_t ignore_index, double label_smoothing,
+                                                           c10::SymInt ignore_index, double label_smoothing,
                                                            std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   check(logits, target, weight, options);
@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Tensor& logits,
 
 Tensor backward_batched(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
                         const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
-                        int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                        int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
   const Options options{reduction, ignore_index, label_smoothing};
   const Batch batch({grad_loss, grad_lse, logits, target, weight, max, sum});
   if (batch.has(weight)) {
@@ -148,8 +148,9 @@ Tensor backward_batched(const Tensor& grad_loss, const OptionalTensor& grad_lse,
 }
 
 std::tuple<Tensor, Tensor> forward_grad_batched(const Tensor& logits, const Tensor& target,
-                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                double label_smoothing, std::optional<ScalarType> dtype) {
+                                                const OptionalTensor& weight, int64_t reduction,
+                                                c10::SymInt ignore_index, double label_smoothing,
+                                                std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   const auto [loss, max, sum, lse] = op::forward(logits, target, weight, options);
   const Tensor one = at::ones({}, max.options());

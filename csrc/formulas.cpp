@@ -25,7 +25,8 @@ c10::SymInt rows_of(const Tensor& logits) {
 // 0 in ignored rows, and a class in those that are out of bounds: a kernel of this project reports them.
 Tensor index_of(const Tensor& target, const Tensor& logits, const Options& options) {
   const Tensor index = target.to(at::kLong);
-  return index.masked_fill(index == options.ignore_index, 0).clamp(0, logits.sym_size(class_dim(logits)) - 1);
+  return index.masked_fill(index == at::Scalar(options.ignore_index), 0)
+      .clamp(0, logits.sym_size(class_dim(logits)) - 1);
 }
 
 // The operands of one call in the accumulator's dtype, the class dimension kept in all of them.
@@ -58,7 +59,7 @@ struct Operands {
     }
     c10::SymDimVector column(logits.sym_sizes().begin(), logits.sym_sizes().end());
     column[dim] = 1;
-    const Tensor is_ignored = (target == options.ignore_index).reshape_symint(column);
+    const Tensor is_ignored = (target == at::Scalar(options.ignore_index)).reshape_symint(column);
     kept = is_ignored.logical_not().to(acc);
     index = index_of(target, logits, options).reshape_symint(column);
     z = z.masked_fill(is_ignored, 0);
@@ -88,7 +89,7 @@ Tensor divisor(const Tensor& logits, const Tensor& target, const OptionalTensor&
   if (is_probabilities(logits, target)) {
     return at::full_symint({}, rows_of(logits), logits.options().dtype(acc));
   }
-  const Tensor kept = (target != options.ignore_index).to(acc);
+  const Tensor kept = (target != at::Scalar(options.ignore_index)).to(acc);
   if (!weight || !weight->defined()) {
     return kept.sum();
   }

@@ -77,7 +77,7 @@ at::Tensor cross_entropy(py::handle input, py::handle target, py::handle weight,
   const auto loss =
       inplace ? ce::cross_entropy_
               : [](at::Tensor logits, const at::Tensor& target, const ce::OptionalTensor& weight, int64_t reduction,
-                   int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> dtype) {
+                   c10::SymInt ignore_index, double label_smoothing, std::optional<at::ScalarType> dtype) {
                   return ce::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
                 };
   return loss(a.logits, a.target, a.weight, reduction, a.ignore_index, a.label_smoothing, std::nullopt);

@@ -43,7 +43,7 @@ struct Kernels {
   }
 
   static Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                     c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
     const Options options{reduction, ignore_index, label_smoothing, dtype};
     check(logits, target, weight, options);
     Backend backend(logits);
@@ -53,7 +53,7 @@ struct Kernels {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
                                                             const OptionalTensor& weight, int64_t reduction,
-                                                            int64_t ignore_index, double label_smoothing,
+                                                            c10::SymInt ignore_index, double label_smoothing,
                                                             std::optional<ScalarType> dtype) {
     const Options options{reduction, ignore_index, label_smoothing, dtype};
     check(logits, target, weight, options);
@@ -79,8 +79,9 @@ struct Kernels {
   }
 
   static std::tuple<Tensor, Tensor> forward_grad(const Tensor& logits, const Tensor& target,
-                                                 const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                 double label_smoothing, std::optional<ScalarType> dtype) {
+                                                 const OptionalTensor& weight, int64_t reduction,
+                                                 c10::SymInt ignore_index, double label_smoothing,
+                                                 std::optional<ScalarType> dtype) {
     const Options options{reduction, ignore_index, label_smoothing, dtype};
     check(logits, target, weight, options);
     Backend backend(logits);
@@ -90,7 +91,7 @@ struct Kernels {
   }
 
   static Tensor forward_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                              int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                              c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
     const Options options{reduction, ignore_index, label_smoothing, dtype};
     check(logits, target, weight, options);
     Backend backend(logits);
@@ -124,7 +125,7 @@ struct Kernels {
 
   static Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
                          const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
-                         int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
     Backend backend(logits);
     const NewGrad grad = backend.empty_grad(logits);
     run_backward(backend, &Backend::backward, grad, grad_loss, grad_lse, logits, target, weight, max, sum,
@@ -133,7 +134,7 @@ struct Kernels {
   }
 
   static void backward_(Tensor& logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
-                        const Tensor& max, const Tensor& sum, int64_t reduction, int64_t ignore_index,
+                        const Tensor& max, const Tensor& sum, int64_t reduction, c10::SymInt ignore_index,
                         double label_smoothing) {
     Backend backend(logits);
     run_backward(backend, &Backend::backward, {logits}, grad_loss, std::nullopt, logits, target, weight, max, sum,
@@ -194,7 +195,7 @@ Tensor empty_loss(const Tensor& logits, const Options& options) {
 }
 
 Tensor loss_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                 int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                 c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   const Options options{reduction, ignore_index, label_smoothing, dtype};
   check(logits, target, weight, options);
   return empty_loss(logits, options);
@@ -202,7 +203,7 @@ Tensor loss_meta(const Tensor& logits, const Tensor& target, const OptionalTenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_meta(const Tensor& logits, const Tensor& target,
                                                         const OptionalTensor& weight, int64_t reduction,
-                                                        int64_t ignore_index, double label_smoothing,
+                                                        c10::SymInt ignore_index, double label_smoothing,
                                                         std::optional<ScalarType> dtype) {
   Tensor loss = loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
   const auto rows = [&] {
@@ -212,13 +213,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_meta(const Tensor& logits, co
 }
 
 std::tuple<Tensor, Tensor> forward_grad_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                             int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                             int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
                                              std::optional<ScalarType> dtype) {
   return {loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype), at::empty_like(logits)};
 }
 
 Tensor forward_grad__meta(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                          int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                          c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
   return loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
 }
 
@@ -306,7 +307,7 @@ void scale_(Tensor grad, const Tensor& factor) {
 
 }  // namespace op
 
-#define CE_LOSS_OPTIONS "int reduction, int ignore_index, float label_smoothing"
+#define CE_LOSS_OPTIONS "int reduction, SymInt ignore_index, float label_smoothing"
 
 TORCH_LIBRARY(cross_entropy, m) {
   m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
@@ -315,12 +316,12 @@ TORCH_LIBRARY(cross_entropy, m) {
   m.def("cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
         ", ScalarType? dtype=None) -> Tensor");
   m.def(
-      "row_stats(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing)"
+      "row_stats(Tensor logits, Tensor target, Tensor? weight, SymInt ignore_index, float label_smoothing)"
       " -> (Tensor maximum, Tensor logsumexp, Tensor loss)",
       &row_stats);
 
-  m.def("divisor(Tensor logits, Tensor target, Tensor? weight, int ignore_index) -> Tensor",
-        [](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index) {
+  m.def("divisor(Tensor logits, Tensor target, Tensor? weight, SymInt ignore_index) -> Tensor",
+        [](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, c10::SymInt ignore_index) {
           return formulas::divisor(logits, target, weight, {at::Reduction::Mean, ignore_index, 0});
         });
 

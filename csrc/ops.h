@@ -12,7 +12,7 @@ namespace ce {
 // logits' own if it is not given.
 struct Options {
   int64_t reduction;
-  int64_t ignore_index;
+  c10::SymInt ignore_index;
   double label_smoothing;
   std::optional<at::ScalarType> dtype = std::nullopt;
 };
@@ -21,14 +21,14 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // Loss with autograd, as torch.nn.functional.cross_entropy; operands of different dtypes are promoted.
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                         int64_t reduction, int64_t ignore_index, double label_smoothing,
+                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
                          std::optional<at::ScalarType> dtype);
 // The same whose gradient replaces the logits.
 at::Tensor cross_entropy_(at::Tensor logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                          int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> dtype);
+                          c10::SymInt ignore_index, double label_smoothing, std::optional<at::ScalarType> dtype);
 // Each row's (maximum, logsumexp, loss) with autograd through the last two.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(const at::Tensor& logits, const at::Tensor& target,
-                                                         const OptionalTensor& weight, int64_t ignore_index,
+                                                         const OptionalTensor& weight, c10::SymInt ignore_index,
                                                          double label_smoothing);
 
 namespace op {

@@ -71,7 +71,7 @@ ProblemBuilder::ProblemBuilder(const at::Tensor& logits, const at::Tensor& targe
   problem_.target_type = target_type_of(target);
   problem_.classes = logits.size(class_dim_);
   problem_.rows = c10::multiply_integers(row_sizes_);
-  problem_.ignore_index = options.ignore_index;
+  problem_.ignore_index = options.ignore_index.guard_int(__FILE__, __LINE__);
   problem_.label_smoothing = options.label_smoothing;
   if (weight && weight->defined()) {
     kept_.push_back(weight->detach().to(accumulator()).contiguous());

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
@@ -181,6 +182,9 @@ def way(
 # Compiling and tracing.
 
 compiling = functools.partial(way, group="compile and export", reference=backward)
+
+
+torch._functorch.config.enable_autograd_cache = False  # it does not notice that operators have changed
 
 
 def compiled(f: Function, **options: Any) -> Function:

@@ -3,12 +3,15 @@
 import copy
 import functools
 import io
+import itertools
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import CrossRefFakeMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.testing._internal import composite_compliance
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
@@ -129,6 +132,72 @@ def test_gradgradcheck(index):
         check_fwd_over_rev=True,
         check_rev_over_rev=True,
     )
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_composite_compliance(index):
+    """With any of the operands a tensor subclass, in all passes."""
+    sample = samples(torch.float64)[index]
+    args, equal = (sample.input, *sample.args), torch.testing.assert_close
+    composite_compliance.check_with_mode(OP.op, args, sample.kwargs, equal)
+    composite_compliance.check_all_permutations(OP.op, args, sample.kwargs, equal)
+    composite_compliance.check_backward_formula(OP.op, args, sample.kwargs, assert_equal_fn=equal)
+    composite_compliance.check_forward_ad_formula(OP.op, args, sample.kwargs, assert_equal_fn=equal)
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_fake_tensors_are_as_real_ones(index):
+    sample = samples(torch.float64)[index]
+    with CrossRefFakeMode():
+        loss = OP.op(sample.input, *sample.args, **sample.kwargs)
+        torch.autograd.grad(loss, leaves(sample), torch.ones_like(loss))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "noncontiguous"])
+@pytest.mark.parametrize("index", INDICES)
+def test_opcheck(index, layout):
+    sample = samples(torch.float64)[index]
+    if layout == "noncontiguous":
+        sample = sample.noncontiguous()
+    options = {"weight": None, "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0} | sample.kwargs
+    reduction = torch.nn._reduction.get_enum(options["reduction"])
+    args = (sample.input, *sample.args, options["weight"], reduction, options["ignore_index"])
+    torch.library.opcheck(torch.ops.cross_entropy.cross_entropy.default, (*args, options["label_smoothing"]))
+
+
+VMAP_SIZE = 2
+
+
+def batches(tensor):
+    """The tensor alone, and as a batch whose dimension is the first or the last."""
+    yield tensor, None
+    if isinstance(tensor, torch.Tensor):
+        batch = torch.stack([tensor, tensor.flip(0) if tensor.dim() else tensor][:VMAP_SIZE]).detach()
+        yield batch, 0
+        yield batch.movedim(0, -1), -1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("index", INDICES)
+def test_vmap(index, dtype):
+    """Of any of the operands, along any dimension, against the loop that it stands for."""
+    sample = samples(dtype)[index]
+    weight = sample.kwargs.get("weight")
+    options = {name: value for name, value in sample.kwargs.items() if name != "weight"}
+
+    def function(x, target, weight):
+        return OP.op(x, target, weight, **options)
+
+    for operands in itertools.product(*map(batches, (sample.input.detach(), *sample.args, weight))):
+        values, in_dims = zip(*operands, strict=True)
+        if not any(dim is not None for dim in in_dims):
+            continue
+        expected = [
+            function(*(t if dim is None else t.select(dim, i) for t, dim in operands)) for i in range(VMAP_SIZE)
+        ]
+        actual = torch.vmap(function, in_dims)(*values)
+        assert actual.dtype == dtype
+        assert_close(actual, torch.stack(expected).double(), dtype)
 
 
 def lazy_clone(value):

@@ -1,0 +1,245 @@
+"""The registered operators as torch.compile, torch.export and torch.library see them."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+
+import cross_entropy
+from tests.device import DEVICE, IS_HOST
+
+OPERATORS = torch.ops.cross_entropy
+NONE, MEAN, SUM = map(torch.nn._reduction.get_enum, ("none", "mean", "sum"))
+
+
+def operands(shape, soft=False, dtype=torch.float32, requires_grad=False, ignored=-100):
+    """Logits, target, weight."""
+    logits = torch.randn(shape).to(dtype).requires_grad_(requires_grad)
+    weight = torch.rand(shape[1]).add(0.5).to(dtype)
+    if soft:
+        return logits, torch.rand(shape).to(dtype).requires_grad_(requires_grad), weight.requires_grad_(requires_grad)
+    target = torch.randint(shape[1], shape[:1] + shape[2:])
+    target.view(-1)[1] = ignored
+    return logits, target, weight
+
+
+# Every operator, with the arguments that its callers give it.
+
+SHAPES = [(6, 9), (2, 5, 3)]
+
+
+def make_calls():
+    for shape, soft, reduction, dtype in itertools.product(SHAPES, (False, True), (NONE, MEAN), (None, torch.float32)):
+        given = torch.float32 if dtype is None else torch.bfloat16
+        x, t, w = operands(shape, soft, given, requires_grad=True)
+        options = reduction, -100, 0.1
+        loss, top, total, lse = (r.detach() for r in OPERATORS.forward(x, t, w, *options, dtype))
+        grad_loss = torch.rand_like(loss, requires_grad=True)
+        grad_lse = torch.rand_like(lse, requires_grad=True)
+        z, q, v = x.detach(), t.detach(), w.detach()
+        yield "cross_entropy", (x, t, w if soft else v, *options, dtype)
+        yield "loss", (x, t, w if soft else v, *options, dtype)
+        yield "forward", (x, t, w if soft else v, *options, dtype)
+        yield "row_stats", (x, t, w if soft else v, -100, 0.1)
+        yield "divisor", (x, t, w if soft else v, -100)
+        yield "cross_entropy_", (x * 1, q, v, *options, dtype)
+        yield "backward", (grad_loss, grad_lse, x, t, w if soft else v, top, total, *options)
+        yield "backward_", (z.clone(), grad_loss.detach(), q, v, top, total, *options)
+        if reduction == MEAN:
+            yield "forward_grad", (x, t, w if soft else v, *options, dtype)
+            yield "forward_grad_", (z.clone(), q, v, *options, dtype)
+        if soft:
+            yield "target_backward", (grad_loss, x, t, w, top, total, reduction, 0.1)
+            yield "weight_backward", (grad_loss, x, t, w, top, total, reduction, 0.1)
+    yield "scale_", (torch.rand(6, 9), torch.tensor(2.0))
+    yield "scale_", (torch.rand(6, 9).bfloat16(), torch.tensor(2.0))
+
+
+CALLS = list(make_calls())
+
+
+def test_every_operator_is_called():
+    registered = {
+        name.removeprefix("cross_entropy::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("cross_entropy::")
+    }
+    assert {name for name, _ in CALLS} == registered
+
+
+@pytest.mark.parametrize("name, args", CALLS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CALLS)])
+def test_opcheck(name, args):
+    torch.library.opcheck(getattr(OPERATORS, name).default, args)
+
+
+# torch.compile.
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
+def frames(function, calls):
+    """How often torch.compile translates it."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for args, options in calls:
+        compiled(*args, **options).sum().backward()
+    return counter.frame_count
+
+
+SEQUENCES = {
+    "batches": [(operands((n, 9), requires_grad=True)[:2], {}) for n in (4, 5, 6, 7, 8)],
+    "classes": [(operands((4, n), requires_grad=True)[:2], {}) for n in (9, 10, 11, 12)],
+    "inner sizes": [(operands((2, 9, n), requires_grad=True)[:2], {}) for n in (3, 4, 5, 6)],
+    "ignored targets": [
+        (operands((4, 9), requires_grad=True, ignored=n)[:2], {"ignore_index": n}) for n in (-100, 1, 2, 3)
+    ],
+    "smoothings": [(operands((4, 9), requires_grad=True)[:2], {"label_smoothing": e}) for e in (0.0, 0.1, 0.2, 0.3)],
+    "reductions": [(operands((4, 9), requires_grad=True)[:2], {"reduction": r}) for r in ("mean", "sum", "none")],
+    "dtypes": [(operands((4, 9), dtype=d, requires_grad=True)[:2], {}) for d in (torch.float32, torch.bfloat16)],
+}
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES)
+def test_recompiles_no_more_than_torchs(sequence):
+    calls = SEQUENCES[sequence]
+    assert frames(cross_entropy.cross_entropy, calls) <= frames(F.cross_entropy, calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compiled_results_are_the_eager_ones(reduction, dtype):
+    """To the bit, but for the rounding of a gradient that is scaled after it was rounded."""
+    logits, target, weight = operands((7, 33), dtype=dtype, requires_grad=True)
+    results = []
+    for function in (cross_entropy.cross_entropy, torch.compile(cross_entropy.cross_entropy, fullgraph=True)):
+        loss = function(logits, target, weight, reduction=reduction, label_smoothing=0.1)
+        results.append((loss, torch.autograd.grad(loss, logits, torch.full_like(loss, 0.5))[0]))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_compiled_row_stats():
+    logits, target, weight = operands((7, 33))
+    eager = cross_entropy.row_stats(logits, target, weight, label_smoothing=0.1)
+    compiled = torch.compile(cross_entropy.row_stats, fullgraph=True)(logits, target, weight, label_smoothing=0.1)
+    assert isinstance(compiled, cross_entropy.RowStats)
+    assert all(map(torch.equal, eager, compiled))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compiled_autocast(inside):
+    logits, target, _ = operands((7, 33), dtype=torch.bfloat16, requires_grad=True)
+
+    def function(logits, target):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=inside):
+            return cross_entropy.cross_entropy(logits, target)
+
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=not inside):
+        if not inside:
+            function = cross_entropy.cross_entropy
+        loss = torch.compile(function, fullgraph=True)(logits, target)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, cross_entropy.cross_entropy(logits.float(), target))
+    loss.backward()
+
+
+def allocations(function, nbytes):
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    return sum(event.nbytes() >= nbytes for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.skipif(not IS_HOST, reason="counts what the CPU's allocator is asked for")
+def test_compiled_inplace_saves_the_gradients_memory():
+    leaf, target, _ = operands((64, 3000), requires_grad=True)
+    counts = []
+    for inplace in (False, True):
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True)
+        def loss_of(leaf, inplace=inplace):
+            return cross_entropy.cross_entropy(leaf.sin(), target, inplace=inplace)
+
+        loss_of(leaf).backward()
+        counts.append(allocations(lambda loss_of=loss_of: torch.autograd.grad(loss_of(leaf), leaf), leaf.nbytes))
+    assert counts[1] == counts[0] - 1
+
+
+def test_compiled_backward_scales_in_place():
+    """The gradient that the forward pass has left is scaled by the operator that does nothing for a factor of 1."""
+    logits, target, _ = operands((7, 33), requires_grad=True)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph.forward
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
+    torch.compile(cross_entropy.cross_entropy, backend=backend, fullgraph=True)(logits, target).backward()
+    assert "aten.mul.Tensor" not in graphs[1]
+
+
+# torch.export: another batch than the one that it was traced with.
+
+
+def test_exported_for_any_batch():
+    class Model(torch.nn.Module):
+        def forward(self, logits, target):
+            return cross_entropy.CrossEntropyLoss(label_smoothing=0.1)(logits, target)
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(Model(), operands((6, 9))[:2], dynamic_shapes=({0: batch}, {0: batch}))
+    for n in (2, 11):
+        logits, target, _ = operands((n, 9))
+        expected = cross_entropy.cross_entropy(logits, target, label_smoothing=0.1)
+        assert torch.equal(program.module()(logits, target), expected)
+
+
+# CUDA tensors without a GPU.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_cuda_autocast_gives_the_dtype_of_torchs(dtype):
+    with FakeTensorMode():
+        logits, target = torch.empty(6, 9, device="cuda", dtype=dtype), torch.zeros(6, device="cuda", dtype=torch.int64)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            loss, theirs = cross_entropy.cross_entropy(logits, target), F.cross_entropy(logits, target)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert loss.dtype == theirs.dtype and loss.device == theirs.device and loss.shape == theirs.shape
+
+
+# TorchScript.
+
+
+class Scripted(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits, target):
+        return self.loss(logits, target)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript():
+    with pytest.raises(NotImplementedError, match=r"does not support TorchScript.*use torch\.compile"):
+        torch.jit.script(Scripted(cross_entropy.CrossEntropyLoss()))
+    with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments with defaults"):
+        torch.jit.script(cross_entropy.cross_entropy)
+
+    @torch.jit.script
+    def operator(logits: torch.Tensor, target: torch.Tensor):
+        return torch.ops.cross_entropy.cross_entropy(logits, target, None, 1, -100, 0.0)
+
+    logits, target, _ = operands((6, 9))
+    assert torch.equal(operator(logits, target), cross_entropy.cross_entropy(logits, target))
