@@ -6,10 +6,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 SANITIZED := autograd cross_entropy errors large_gradients special_values
-OPERATORS := $(SANITIZED) torch_samples deferred_errors
+OPERATORS := $(SANITIZED) torch_samples deferred_errors operators compatibility
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
-.PHONY: demo test check sanitize emulate gpu-check bench readme-figures resources clean
+.PHONY: demo test check sanitize emulate gpu-check bench readme-figures compatibility resources clean
 
 demo: $(VENV)/built
 	$(RUN) -m examples
@@ -50,6 +50,10 @@ bench: $(VENV)/built
 # The README's tables and charts, from the result files that it names.
 readme-figures: $(VENV)/built
 	$(RUN) -m bench readme
+
+# Runs the table of tests/compatibility and writes docs/compatibility.md.
+compatibility: $(VENV)/built
+	$(RUN) -W ignore -m tests.compatibility
 
 # Registers, shared and local memory of the CUDA kernels that were built.
 resources: $(VENV)/built

@@ -30,6 +30,7 @@ class RowStats(_RowStats):
 
 
 def _prepare_for(logits: Tensor) -> None:
+    """Whoever has a DTensor has imported torch.distributed.tensor, which takes too long for all others."""
     if type(logits).__name__ == "DTensor":
         import cross_entropy.sharding  # noqa: F401
 
@@ -97,7 +98,8 @@ def cross_entropy(
             label_smoothing=label_smoothing,
             inplace=inplace,
         )
-    _prepare_for(input)
+    if type(input) is not Tensor:
+        _prepare_for(input)
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     number = _Reduction.get_enum(reduction)
@@ -139,11 +141,12 @@ def row_stats(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
-    _prepare_for(logits)
+    if type(logits) is not Tensor:
+        _prepare_for(logits)
     if is_compiling():
         operator = torch.ops.cross_entropy.row_stats
-        return RowStats(*operator(logits, target, weight, ignore_index, label_smoothing))
-    return RowStats(*_C.row_stats(logits, target, weight, ignore_index, label_smoothing))
+        return RowStats._make(operator(logits, target, weight, ignore_index, label_smoothing))
+    return RowStats._make(_C.row_stats(logits, target, weight, ignore_index, label_smoothing))
 
 
 def check_errors() -> None:

@@ -1,7 +1,6 @@
 """The operators on DTensors: each rank computes the rows that it has.
 
-Importing this module registers the rules. It is imported with the first DTensor: torch.distributed.tensor takes half as
-long to import as torch itself.
+Importing this module registers the rules. It is imported with the first DTensor.
 """
 
 from collections.abc import Callable

@@ -1,24 +1,25 @@
-"""Every cell of the table in compatibility.py, and that docs/compatibility.md shows this table."""
-
-import itertools
+"""Every cell of the table in tests/compatibility, and the page that shows it."""
 
 import pytest
 
-from tests import compatibility
-from tests.compatibility import OPTIONS, WAYS, applies, outcomes_of_ranks, run_cell
+from tests.compatibility import page
+from tests.compatibility.cells import WAYS, cells, run_cell
+from tests.compatibility.distributed import errors_of_ranks
 from tests.device import DEVICE
 
-CELLS = [(way, option) for way, option in itertools.product(WAYS, OPTIONS) if applies(way, option)]
-TOGETHER = [cell for cell in CELLS if WAYS[cell[0]].group == "distributed"]
 
-
-@pytest.mark.parametrize("way, option", [cell for cell in CELLS if cell not in TOGETHER])
+@pytest.mark.parametrize("way, option", cells(in_processes=False))
 def test_way(way, option):
+    if not WAYS[way].runs_here:
+        pytest.skip("needs a GPU")
     run_cell(way, option)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="processes that talk by gloo, on the CPU")
-@pytest.mark.parametrize("way, option", TOGETHER)
+@pytest.mark.parametrize("way, option", cells(in_processes=True))
 def test_distributed(way, option):
-    outcomes = outcomes_of_ranks()
-    assert [outcome[f"{way} / {option}"] for outcome in outcomes] == [""] * compatibility.WORLD
+    assert errors_of_ranks()[way, option] == ""
+
+
+def test_page_shows_the_table():
+    assert page.PAGE.read_text().endswith(page.tables()), "make compatibility"
