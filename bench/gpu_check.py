@@ -25,7 +25,8 @@ from rich.table import Table
 from .shapes import DTYPES, shapes_of
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["autograd", "cross_entropy", "cuda", "deferred_errors", "errors", "special_values", "torch_samples"]
+TESTS = ["autograd", "compatibility", "cross_entropy", "cuda", "deferred_errors", "errors", "operators"]
+TESTS += ["special_values", "torch_samples"]
 STEPS = ["build", "tests", "memcheck", "racecheck", "synccheck", "initcheck", "measure"]
 MEASURED = ["bfloat16", "float16", "float32"]
 

@@ -49,9 +49,8 @@ def tables() -> str:
         lines += ["", f"## {group}", "", *NOTES.get(group, [])]
         lines += [f"| | {' | '.join(OPTIONS)} |", f"|---|{':-:|' * len(OPTIONS)}"]
         for name in (name for name, way in WAYS.items() if way.group == group):
-            lines.append(
-                f"| {name.replace('__', chr(92) + '_' + chr(92) + '_')} | {' | '.join(cell(name, option) for option in OPTIONS)} |"
-            )
+            shown = name.replace("__", r"\_\_")
+            lines.append(f"| {shown} | {' | '.join(cell(name, option) for option in OPTIONS)} |")
     lines += ["", "## Errors", ""]
     lines += [f"{number}. … {message} …" for number, message in enumerate(errors, 1)]
     return "\n".join(lines) + "\n"
