@@ -51,7 +51,8 @@ class Sharding:
     def local(self, tensor: Any, placements: Placements) -> Any:
         """What this rank needs of an operand."""
         if isinstance(tensor, DTensor):
-            return tensor.redistribute(self.mesh, placements).to_local()
+            is_there = list(tensor.placements) == placements
+            return (tensor if is_there else tensor.redistribute(self.mesh, placements)).to_local()
         if tensor is not None and tensor.dim() > 0:
             raise RuntimeError(MIXED)
         return tensor
@@ -71,14 +72,15 @@ class Call:
             raise RuntimeError(MIXED)
         self.whole_logits = logits
         self.sharding = sharding = Sharding(logits)
-        self.dtype = given.get("dtype") or logits.dtype
+        accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self.loss_dtype = accumulator if given.get("full_precision") else logits.dtype
         self.reduction, self.label_smoothing = given["reduction"], given["label_smoothing"]
         self.ignore_index = given.get("ignore_index", -100)
-        if "dtype" in given:  # What is wrong with the shapes shows in those of the whole, and on all ranks.
+        if "full_precision" in given:  # What is wrong with the shapes shows in those of the whole, and on all ranks.
             whole = (
                 t if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (logits, target, weight)
             )
-            OPERATORS.loss(*whole, self.reduction, self.ignore_index, self.label_smoothing, self.dtype)
+            OPERATORS.loss(*whole, self.reduction, self.ignore_index, self.label_smoothing, given["full_precision"])
         row_like = sharding.logits if target.shape == logits.shape else sharding.rows
         self.operands = (
             sharding.local(logits, sharding.logits),
@@ -105,14 +107,13 @@ class Call:
 
     @property
     def forward_options(self) -> tuple[Any, ...]:
-        accumulator = torch.float64 if self.whole_logits.dtype == torch.float64 else torch.float32
-        return *self.options, accumulator
+        return *self.options, True
 
     def whole_loss(self, loss: Tensor) -> DTensor:
         if self.reduction == NONE:
-            return self.whole_rows(loss.to(self.dtype))
+            return self.whole_rows(loss.to(self.loss_dtype))
         total = loss if self.divisor is None else loss / self.divisor
-        return self.sharding.whole(total.to(self.dtype), self.sharding.total, total.shape, ())
+        return self.sharding.whole(total.to(self.loss_dtype), self.sharding.total, total.shape, ())
 
     def whole_rows(self, rows: Tensor) -> DTensor:
         classes = self.sharding.class_dim

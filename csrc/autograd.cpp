@@ -235,8 +235,8 @@ void check_index_weight(const Tensor& logits, const Tensor& target, const Option
 }
 
 Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                     c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   check_index_weight(logits, target, weight);
   if (any_has_tangent(logits, target, weight)) {
     check(logits, target, weight, options);
@@ -263,8 +263,8 @@ Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalT
 }
 
 Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                      c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                      c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   if (is_transformed(
           logits)) {  // Transforms of torch.func differentiate the gradient too, for which it needs its logits.
     return op::loss(logits, target, weight, options);
@@ -308,8 +308,8 @@ Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Tensor& logits, const Tensor& target,
                                                             const OptionalTensor& weight, int64_t reduction,
                                                             c10::SymInt ignore_index, double label_smoothing,
-                                                            std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                                                            bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   check_index_weight(logits, target, weight);
   Tensor loss, max, sum, lse;
   {
@@ -330,8 +330,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Tensor& logits
 }
 
 Tensor loss_not_replaced(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                         c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, dtype});
+                         c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, full_precision});
 }
 
 // The steps are differentiated where transforms of torch.func are nested, each level of which has an autograd of its
@@ -340,8 +340,8 @@ Tensor loss_not_replaced(Tensor& logits, const Tensor& target, const OptionalTen
 std::tuple<Tensor, Tensor> forward_grad_autograd(const Tensor& logits, const Tensor& target,
                                                  const OptionalTensor& weight, int64_t reduction,
                                                  c10::SymInt ignore_index, double label_smoothing,
-                                                 std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                                                 bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   if (is_differentiated(logits, target, weight)) {
     const Tensor loss = op::loss(logits, target, weight, options);
     const Tensor one = at::ones({}, logits.options().dtype(accumulator_of(logits.scalar_type())));
@@ -396,8 +396,8 @@ void scale__autograd(Tensor& grad, const Tensor& factor) {
 }  // namespace
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                     c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   if (at::isFloatingType(target.scalar_type()) && at::isFloatingType(logits.scalar_type()) &&
       is_probabilities(logits, target)) {
     ScalarType promoted = c10::promoteTypes(logits.scalar_type(), target.scalar_type());
@@ -412,18 +412,17 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalT
 }
 
 Tensor cross_entropy_(Tensor logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                      c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
+                      c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
   static const auto call = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("cross_entropy::cross_entropy_", "")
                                .typed<decltype(loss_autograd_)>();
-  return call.call(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  return call.call(logits, target, weight, reduction, ignore_index, label_smoothing, full_precision);
 }
 
 std::tuple<Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                              c10::SymInt ignore_index, double label_smoothing) {
-  const auto [loss, max, sum, lse] =
-      op::forward(logits, target, weight,
-                  {at::Reduction::None, ignore_index, label_smoothing, accumulator_of(logits.scalar_type())});
+  const auto [loss, max, sum, lse] = op::forward(
+      logits, target, weight, {at::Reduction::None, ignore_index, label_smoothing, /*full_precision=*/true});
   return {max, lse, loss};
 }
 
@@ -431,20 +430,30 @@ namespace {
 
 // Autocast runs the loss in float32, as torch does. The kernels read half types and compute in float32 anyway, so
 // that asking for a float32 loss gives the same result without a copy of the logits.
-Tensor loss_autocast(c10::DeviceType device, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                     int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                     std::optional<ScalarType> dtype) {
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const ScalarType type = logits.scalar_type();
-  const bool half = type == at::kHalf || type == at::kBFloat16;
-  return op::loss(logits, target, weight,
-                  {reduction, ignore_index, label_smoothing, half && !dtype ? at::kFloat : dtype});
+struct NoAutocast {
+  explicit NoAutocast(c10::DeviceType device)
+      : guard(at::autocast::get_autocast_dispatch_key_from_device_type(device)) {}
+  c10::impl::ExcludeDispatchKeyGuard guard;
+};
+
+template <c10::DeviceType kDevice>
+Tensor loss_autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                     c10::SymInt ignore_index, double label_smoothing, bool) {
+  const NoAutocast guard(kDevice);
+  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, /*full_precision=*/true});
 }
 
 template <c10::DeviceType kDevice>
-Tensor autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  return loss_autocast(kDevice, logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+Tensor loss_autocast_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                      c10::SymInt ignore_index, double label_smoothing, bool) {
+  const NoAutocast guard(kDevice);
+  return cross_entropy_(logits, target, weight, reduction, ignore_index, label_smoothing, /*full_precision=*/true);
+}
+
+template <c10::DeviceType kDevice>
+void add_autocast(torch::Library& m) {
+  m.impl("loss", &loss_autocast<kDevice>);
+  m.impl("cross_entropy_", &loss_autocast_<kDevice>);
 }
 
 }  // namespace
@@ -466,10 +475,10 @@ TORCH_LIBRARY_IMPL(cross_entropy, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy, AutocastCPU, m) {
-  m.impl("loss", &autocast<c10::kCPU>);
+  add_autocast<c10::kCPU>(m);
 }
 TORCH_LIBRARY_IMPL(cross_entropy, AutocastCUDA, m) {
-  m.impl("loss", &autocast<c10::kCUDA>);
+  add_autocast<c10::kCUDA>(m);
 }
 
 }  // namespace ce

@@ -74,8 +74,8 @@ struct BelowVmap {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::DispatchKey::FuncTorchBatched};
 };
 
-Options of_rows(const Tensor& logits, const Options& options) {
-  return {at::Reduction::None, options.ignore_index, options.label_smoothing, accumulator_of(logits.scalar_type())};
+Options of_rows(const Options& options) {
+  return {at::Reduction::None, options.ignore_index, options.label_smoothing, /*full_precision=*/true};
 }
 
 // Each row's results, in the accumulator's dtype. Class weights that differ within the batch only matter to the loss.
@@ -87,15 +87,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rows_batched(const Tensor& logits, co
   Tensor loss, max, sum, lse;
   {
     const BelowVmap guard;
-    std::tie(loss, max, sum, lse) = op::forward(z, t, same_weight ? weight : std::nullopt, of_rows(logits, options));
+    std::tie(loss, max, sum, lse) = op::forward(z, t, same_weight ? weight : std::nullopt, of_rows(options));
   }
-  loss = same_weight ? batch.inner(loss) : formulas::loss(logits, target, weight, of_rows(logits, options));
+  loss = same_weight ? batch.inner(loss) : formulas::loss(logits, target, weight, of_rows(options));
   return {loss, batch.inner(max), batch.inner(sum), batch.inner(lse)};
 }
 
 Tensor loss_batched(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                    c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                    c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   check(logits, target, weight, options);
   const Batch batch({logits, target, weight});
   if (batch.has(weight)) {
@@ -105,22 +105,22 @@ Tensor loss_batched(const Tensor& logits, const Tensor& target, const OptionalTe
   Tensor rows;
   {
     const BelowVmap guard;
-    rows = op::loss(z, t, weight, of_rows(logits, options));
+    rows = op::loss(z, t, weight, of_rows(options));
   }
   return formulas::reduce(batch.inner(rows), logits, target, weight, options);
 }
 
 // The gradient of the batch is not written over its logits: a transform outside of this one may still need them.
 Tensor loss_batched_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, dtype});
+                     c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, full_precision});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Tensor& logits, const Tensor& target,
                                                            const OptionalTensor& weight, int64_t reduction,
                                                            c10::SymInt ignore_index, double label_smoothing,
-                                                           std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                                                           bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   check(logits, target, weight, options);
   const auto [rows, max, sum, lse] = rows_batched(logits, target, weight, options);
   return {formulas::reduce(rows, logits, target, weight, options), max, sum, lse};
@@ -142,16 +142,15 @@ Tensor backward_batched(const Tensor& grad_loss, const OptionalTensor& grad_lse,
   Tensor grad;
   {
     const BelowVmap guard;
-    grad = op::backward(g, g_lse, z, t, weight, m, s, of_rows(logits, options));
+    grad = op::backward(g, g_lse, z, t, weight, m, s, of_rows(options));
   }
   return batch.inner_logits(grad, logits);
 }
 
 std::tuple<Tensor, Tensor> forward_grad_batched(const Tensor& logits, const Tensor& target,
                                                 const OptionalTensor& weight, int64_t reduction,
-                                                c10::SymInt ignore_index, double label_smoothing,
-                                                std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                                                c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   const auto [loss, max, sum, lse] = op::forward(logits, target, weight, options);
   const Tensor one = at::ones({}, max.options());
   return {loss, op::backward(one, std::nullopt, logits, target, weight, max, sum, options)};
@@ -172,7 +171,7 @@ Tensor target_backward_batched(const Tensor& grad_loss, const Tensor& logits, co
   Tensor grad;
   {
     const BelowVmap guard;
-    grad = op::target_backward(g, z, t, weight, m, s, of_rows(logits, options));
+    grad = op::target_backward(g, z, t, weight, m, s, of_rows(options));
   }
   return batch.inner_logits(grad, target);
 }

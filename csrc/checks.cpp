@@ -3,6 +3,8 @@
 #include <ATen/core/Reduction.h>
 #include <c10/util/Exception.h>
 
+#include "problem.h"
+
 namespace ce {
 namespace {
 
@@ -37,7 +39,7 @@ void check_index_shapes(const at::Tensor& logits, const at::Tensor& target) {
 }  // namespace
 
 void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options& options) {
-  const auto& [reduction, ignore_index, label_smoothing, dtype] = options;
+  const auto& [reduction, ignore_index, label_smoothing, full_precision] = options;
   const bool has_weight = weight && weight->defined();
   TORCH_CHECK(logits.layout() == at::kStrided, "cross_entropy expects dense logits, got ", logits.layout());
   TORCH_CHECK(target.device() == logits.device() && (!has_weight || weight->device() == logits.device()),
@@ -58,7 +60,6 @@ void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTen
   TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
                               "\"cross_entropy\" not implemented for '", type, "'");
   TORCH_CHECK(!(label_smoothing > 1), "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
-  TORCH_CHECK(!dtype || at::isFloatingType(*dtype), "Expected a floating point dtype for the loss, got ", *dtype);
 
   if (probabilities) {
     TORCH_CHECK(target.scalar_type() == type, "expected scalar type ", type, " but found ", target.scalar_type());
@@ -70,8 +71,8 @@ void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTen
   check_index_shapes(logits, target);
   if (has_weight) {
     check_weight(logits, *weight, "");
-    TORCH_CHECK(weight->scalar_type() == type || (dtype && weight->scalar_type() == *dtype), "expected scalar type ",
-                type, " but found ", weight->scalar_type());
+    TORCH_CHECK(weight->scalar_type() == type || weight->scalar_type() == loss_dtype(logits, options),
+                "expected scalar type ", type, " but found ", weight->scalar_type());
   }
   const auto index_type = target.scalar_type();
   TORCH_CHECK(index_type == at::kLong || index_type == at::kInt || index_type == at::kByte,

@@ -103,7 +103,7 @@ Tensor reduce(const Tensor& rows, const Tensor& logits, const Tensor& target, co
     const Tensor by = divisor(logits, target, weight, options);
     result = by.defined() ? rows.sum() / by : rows.sum();
   }
-  return result.to(options.dtype.value_or(logits.scalar_type()));
+  return result.to(loss_dtype(logits, options));
 }
 
 Tensor upstream_of_rows(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,

@@ -26,7 +26,7 @@ template <typename Backend>
 struct Kernels {
   // The one way into the forward kernel: the loss in its dtype; the caller has asked `builder` for the other results.
   static Tensor run_forward(Backend& backend, ProblemBuilder& builder, const Tensor& logits, const Options& options) {
-    const ScalarType dtype = options.dtype.value_or(logits.scalar_type());
+    const ScalarType dtype = loss_dtype(logits, options);
     Tensor loss = builder.add_row_result(&Problem::loss);
     Problem& problem = builder.problem();
     backend.prepare(problem, options.reduction);
@@ -43,8 +43,8 @@ struct Kernels {
   }
 
   static Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-    const Options options{reduction, ignore_index, label_smoothing, dtype};
+                     c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+    const Options options{reduction, ignore_index, label_smoothing, full_precision};
     check(logits, target, weight, options);
     Backend backend(logits);
     ProblemBuilder builder(logits, target, weight, options);
@@ -54,8 +54,8 @@ struct Kernels {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
                                                             const OptionalTensor& weight, int64_t reduction,
                                                             c10::SymInt ignore_index, double label_smoothing,
-                                                            std::optional<ScalarType> dtype) {
-    const Options options{reduction, ignore_index, label_smoothing, dtype};
+                                                            bool full_precision) {
+    const Options options{reduction, ignore_index, label_smoothing, full_precision};
     check(logits, target, weight, options);
     Backend backend(logits);
     ProblemBuilder builder(logits, target, weight, options);
@@ -81,8 +81,8 @@ struct Kernels {
   static std::tuple<Tensor, Tensor> forward_grad(const Tensor& logits, const Tensor& target,
                                                  const OptionalTensor& weight, int64_t reduction,
                                                  c10::SymInt ignore_index, double label_smoothing,
-                                                 std::optional<ScalarType> dtype) {
-    const Options options{reduction, ignore_index, label_smoothing, dtype};
+                                                 bool full_precision) {
+    const Options options{reduction, ignore_index, label_smoothing, full_precision};
     check(logits, target, weight, options);
     Backend backend(logits);
     const NewGrad grad = backend.empty_grad(logits);
@@ -91,8 +91,8 @@ struct Kernels {
   }
 
   static Tensor forward_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                              c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-    const Options options{reduction, ignore_index, label_smoothing, dtype};
+                              c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+    const Options options{reduction, ignore_index, label_smoothing, full_precision};
     check(logits, target, weight, options);
     Backend backend(logits);
     return forward_into(backend, {logits}, logits, target, weight, options);
@@ -191,12 +191,12 @@ c10::SymDimVector row_sizes(const Tensor& logits) {
 
 Tensor empty_loss(const Tensor& logits, const Options& options) {
   const c10::SymDimVector sizes = options.reduction == at::Reduction::None ? row_sizes(logits) : c10::SymDimVector();
-  return at::empty_symint(sizes, logits.options().dtype(options.dtype.value_or(logits.scalar_type())));
+  return at::empty_symint(sizes, logits.options().dtype(loss_dtype(logits, options)));
 }
 
 Tensor loss_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                 c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  const Options options{reduction, ignore_index, label_smoothing, dtype};
+                 c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  const Options options{reduction, ignore_index, label_smoothing, full_precision};
   check(logits, target, weight, options);
   return empty_loss(logits, options);
 }
@@ -204,8 +204,8 @@ Tensor loss_meta(const Tensor& logits, const Tensor& target, const OptionalTenso
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_meta(const Tensor& logits, const Tensor& target,
                                                         const OptionalTensor& weight, int64_t reduction,
                                                         c10::SymInt ignore_index, double label_smoothing,
-                                                        std::optional<ScalarType> dtype) {
-  Tensor loss = loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+                                                        bool full_precision) {
+  Tensor loss = loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, full_precision);
   const auto rows = [&] {
     return at::empty_symint(row_sizes(logits), logits.options().dtype(accumulator_of(logits.scalar_type())));
   };
@@ -214,13 +214,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_meta(const Tensor& logits, co
 
 std::tuple<Tensor, Tensor> forward_grad_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                             std::optional<ScalarType> dtype) {
-  return {loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype), at::empty_like(logits)};
+                                             bool full_precision) {
+  return {loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, full_precision),
+          at::empty_like(logits)};
 }
 
 Tensor forward_grad__meta(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                          c10::SymInt ignore_index, double label_smoothing, std::optional<ScalarType> dtype) {
-  return loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, dtype);
+                          c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
+  return loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, full_precision);
 }
 
 Tensor backward_meta(const Tensor&, const OptionalTensor&, const Tensor& logits, const Tensor&, const OptionalTensor&,
@@ -255,24 +256,24 @@ namespace op {
 
 Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& o) {
   static const auto call = find<decltype(OnCpu::loss)>("cross_entropy::loss");
-  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
+  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.full_precision);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
                                                    const OptionalTensor& weight, const Options& o) {
   static const auto call = find<decltype(OnCpu::forward)>("cross_entropy::forward");
-  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
+  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.full_precision);
 }
 
 std::tuple<Tensor, Tensor> forward_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                         const Options& o) {
   static const auto call = find<decltype(OnCpu::forward_grad)>("cross_entropy::forward_grad");
-  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
+  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.full_precision);
 }
 
 Tensor forward_grad_(Tensor logits, const Tensor& target, const OptionalTensor& weight, const Options& o) {
   static const auto call = find<decltype(OnCpu::forward_grad_)>("cross_entropy::forward_grad_");
-  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.dtype);
+  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.full_precision);
 }
 
 Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits, const Tensor& target,
@@ -311,10 +312,10 @@ void scale_(Tensor grad, const Tensor& factor) {
 
 TORCH_LIBRARY(cross_entropy, m) {
   m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", ScalarType? dtype=None) -> Tensor",
+        ", bool full_precision=False) -> Tensor",
         &cross_entropy);
   m.def("cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", ScalarType? dtype=None) -> Tensor");
+        ", bool full_precision=False) -> Tensor");
   m.def(
       "row_stats(Tensor logits, Tensor target, Tensor? weight, SymInt ignore_index, float label_smoothing)"
       " -> (Tensor maximum, Tensor logsumexp, Tensor loss)",
@@ -325,13 +326,13 @@ TORCH_LIBRARY(cross_entropy, m) {
           return formulas::divisor(logits, target, weight, {at::Reduction::Mean, ignore_index, 0});
         });
 
-  m.def("loss(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS ", ScalarType? dtype) -> Tensor");
+  m.def("loss(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS ", bool full_precision) -> Tensor");
   m.def("forward(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", ScalarType? dtype) -> (Tensor loss, Tensor max, Tensor sum, Tensor lse)");
+        ", bool full_precision) -> (Tensor loss, Tensor max, Tensor sum, Tensor lse)");
   m.def("forward_grad(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", ScalarType? dtype) -> (Tensor loss, Tensor grad)");
+        ", bool full_precision) -> (Tensor loss, Tensor grad)");
   m.def("forward_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", ScalarType? dtype) -> Tensor");
+        ", bool full_precision) -> Tensor");
   m.def(
       "backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, Tensor max,"
       " Tensor sum, " CE_LOSS_OPTIONS ") -> Tensor");

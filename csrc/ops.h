@@ -8,24 +8,23 @@
 
 namespace ce {
 
-// The options that every operator takes. `reduction` is at::Reduction's number; `dtype` is that of the loss, the
-// logits' own if it is not given.
+// The options that every operator takes. `reduction` is at::Reduction's number; the loss has the dtype of the
+// logits, with `full_precision` that of the accumulator: float32 for half types.
 struct Options {
   int64_t reduction;
   c10::SymInt ignore_index;
   double label_smoothing;
-  std::optional<at::ScalarType> dtype = std::nullopt;
+  bool full_precision = false;
 };
 
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Loss with autograd, as torch.nn.functional.cross_entropy; operands of different dtypes are promoted.
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                         std::optional<at::ScalarType> dtype);
+                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool full_precision);
 // The same whose gradient replaces the logits.
 at::Tensor cross_entropy_(at::Tensor logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                          c10::SymInt ignore_index, double label_smoothing, std::optional<at::ScalarType> dtype);
+                          c10::SymInt ignore_index, double label_smoothing, bool full_precision);
 // Each row's (maximum, logsumexp, loss) with autograd through the last two.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(const at::Tensor& logits, const at::Tensor& target,
                                                          const OptionalTensor& weight, c10::SymInt ignore_index,

@@ -13,6 +13,10 @@ inline at::ScalarType accumulator_of(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+inline at::ScalarType loss_dtype(const at::Tensor& logits, const Options& options) {
+  return options.full_precision ? accumulator_of(logits.scalar_type()) : logits.scalar_type();
+}
+
 DType dtype_of(const at::Tensor& tensor);
 
 // A scalar on the CPU, and a tensor in the accumulator's dtype. For a scalar both cost less than torch's operators do.

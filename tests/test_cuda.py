@@ -189,7 +189,7 @@ def test_more_elements_than_bits(bits, inplace):
     assert torch.equal(losses, cross_entropy.cross_entropy(few, few_target, reduction="none"))
     sum_of_few = cross_entropy.cross_entropy(few, few_target, reduction="sum")
     if inplace:
-        torch.ops.cross_entropy.forward_grad_(logits, target, None, SUM, -100, 0.0, None)
+        torch.ops.cross_entropy.forward_grad_(logits, target, None, SUM, -100, 0.0, False)
         grad = logits
     else:
         logits.requires_grad_()

@@ -329,4 +329,4 @@ def test_deprecated(options):
 def test_cuda_tensors_without_the_cuda_kernels():
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with pytest.raises(RuntimeError, match="was built without its CUDA kernels"):
-        torch.ops.cross_entropy.loss.default.redispatch(keys, R(2, 3), z(2), None, 1, -100, 0.0, None)
+        torch.ops.cross_entropy.loss.default.redispatch(keys, R(2, 3), z(2), None, 1, -100, 0.0, False)

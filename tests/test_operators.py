@@ -32,25 +32,24 @@ SHAPES = [(6, 9), (2, 5, 3)]
 
 
 def make_calls():
-    for shape, soft, reduction, dtype in itertools.product(SHAPES, (False, True), (NONE, MEAN), (None, torch.float32)):
-        given = torch.float32 if dtype is None else torch.bfloat16
-        x, t, w = operands(shape, soft, given, requires_grad=True)
+    for shape, soft, reduction, full in itertools.product(SHAPES, (False, True), (NONE, MEAN), (False, True)):
+        x, t, w = operands(shape, soft, torch.bfloat16 if full else torch.float32, requires_grad=True)
         options = reduction, -100, 0.1
-        loss, top, total, lse = (r.detach() for r in OPERATORS.forward(x, t, w, *options, dtype))
+        loss, top, total, lse = (r.detach() for r in OPERATORS.forward(x, t, w, *options, full))
         grad_loss = torch.rand_like(loss, requires_grad=True)
         grad_lse = torch.rand_like(lse, requires_grad=True)
         z, q, v = x.detach(), t.detach(), w.detach()
-        yield "cross_entropy", (x, t, w if soft else v, *options, dtype)
-        yield "loss", (x, t, w if soft else v, *options, dtype)
-        yield "forward", (x, t, w if soft else v, *options, dtype)
+        yield "cross_entropy", (x, t, w if soft else v, *options, full)
+        yield "loss", (x, t, w if soft else v, *options, full)
+        yield "forward", (x, t, w if soft else v, *options, full)
         yield "row_stats", (x, t, w if soft else v, -100, 0.1)
         yield "divisor", (x, t, w if soft else v, -100)
-        yield "cross_entropy_", (x * 1, q, v, *options, dtype)
+        yield "cross_entropy_", (z.clone(), q, v, *options, full)
         yield "backward", (grad_loss, grad_lse, x, t, w if soft else v, top, total, *options)
         yield "backward_", (z.clone(), grad_loss.detach(), q, v, top, total, *options)
         if reduction == MEAN:
-            yield "forward_grad", (x, t, w if soft else v, *options, dtype)
-            yield "forward_grad_", (z.clone(), q, v, *options, dtype)
+            yield "forward_grad", (x, t, w if soft else v, *options, full)
+            yield "forward_grad_", (z.clone(), q, v, *options, full)
         if soft:
             yield "target_backward", (grad_loss, x, t, w, top, total, reduction, 0.1)
             yield "weight_backward", (grad_loss, x, t, w, top, total, reduction, 0.1)
