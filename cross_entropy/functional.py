@@ -71,15 +71,17 @@ def cross_entropy(
         label_smoothing: ε in [0, 1].
         inplace: the gradient replaces the logits in memory instead of taking as much again. It is there after this
             call (float16, or ``reduction="none"``: after the backward pass). What needs the logits later in a
-            backward pass raises an error; a second backward pass is not possible. Without a gradient to compute the
-            logits are left alone.
+            backward pass raises an error; a second backward pass is not possible. Without a gradient to compute, and
+            inside transforms of torch.func, the logits are left alone.
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor of the target's shape without classes; in the input's dtype.
 
     Raises:
         IndexError: a class index is out of bounds. On CUDA it is raised later, see :func:`check_errors`.
-        ValueError, RuntimeError, TypeError, NotImplementedError: as torch's function for the same mistake.
+        ValueError, RuntimeError, TypeError, NotImplementedError: as torch's function for the same mistake;
+            NotImplementedError for DTensor logits that are sharded over their classes. Sharded over rows, they give a
+            DTensor loss: a partial sum, or with ``reduction="none"`` sharded as the rows.
 
     >>> cross_entropy(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]))
     tensor(0.4076)

@@ -1,7 +1,6 @@
 // Autograd above the operators: the backward node, and the cases that are written from differentiable operators.
 
 #include <ATen/TensorOperators.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -66,13 +65,14 @@ bool is_differentiated(const Tensors&... tensors) {
   return needs_graph(tensors...) || any_has_tangent(tensors...);
 }
 
+// Inside a transform of torch.func, which may differentiate what is computed from the tensor any number of times.
 bool is_transformed(const Tensor& tensor) {
   return tensor.key_set().has_any(c10::DispatchKeySet(
       {c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
 }
 
-// Whether one tensor can be scaled by the other in place: not where only the factor is more than a plain tensor.
-bool can_hold(const Tensor& scaled, const Tensor& factor) {
+// Not where only the factor is batched, a subclass, or has a tangent.
+bool scales_in_place(const Tensor& scaled, const Tensor& factor) {
   return !is_transformed(factor) && !has_tangent(factor) &&
          (scaled.key_set().has(c10::DispatchKey::Python) || !factor.key_set().has(c10::DispatchKey::Python));
 }
@@ -141,7 +141,7 @@ struct LossBackward : Node {
     if (grad.defined() && !at::GradMode::is_enabled()) {
       // Handed out once: what the engine has got is never written to again.
       Tensor result = std::move(grad);
-      if (can_hold(result, grad_loss)) {
+      if (scales_in_place(result, grad_loss)) {
         op::scale_(result, grad_loss);
       } else {
         result = (result * grad_loss).to(result.scalar_type());
@@ -265,8 +265,7 @@ Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalT
 Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                       c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
   const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  if (is_transformed(
-          logits)) {  // Transforms of torch.func differentiate the gradient too, for which it needs its logits.
+  if (is_transformed(logits)) {
     return op::loss(logits, target, weight, options);
   }
   check(logits, target, weight, options);
@@ -426,38 +425,6 @@ std::tuple<Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor&
   return {max, lse, loss};
 }
 
-namespace {
-
-// Autocast runs the loss in float32, as torch does. The kernels read half types and compute in float32 anyway, so
-// that asking for a float32 loss gives the same result without a copy of the logits.
-struct NoAutocast {
-  explicit NoAutocast(c10::DeviceType device)
-      : guard(at::autocast::get_autocast_dispatch_key_from_device_type(device)) {}
-  c10::impl::ExcludeDispatchKeyGuard guard;
-};
-
-template <c10::DeviceType kDevice>
-Tensor loss_autocast(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, bool) {
-  const NoAutocast guard(kDevice);
-  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, /*full_precision=*/true});
-}
-
-template <c10::DeviceType kDevice>
-Tensor loss_autocast_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                      c10::SymInt ignore_index, double label_smoothing, bool) {
-  const NoAutocast guard(kDevice);
-  return cross_entropy_(logits, target, weight, reduction, ignore_index, label_smoothing, /*full_precision=*/true);
-}
-
-template <c10::DeviceType kDevice>
-void add_autocast(torch::Library& m) {
-  m.impl("loss", &loss_autocast<kDevice>);
-  m.impl("cross_entropy_", &loss_autocast_<kDevice>);
-}
-
-}  // namespace
-
 TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
   m.impl("loss", &loss_autograd);
   m.impl("forward", &forward_autograd);
@@ -472,13 +439,6 @@ TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
 // Where there is no autograd: of tensors made in inference mode.
 TORCH_LIBRARY_IMPL(cross_entropy, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy_", &loss_not_replaced);
-}
-
-TORCH_LIBRARY_IMPL(cross_entropy, AutocastCPU, m) {
-  add_autocast<c10::kCPU>(m);
-}
-TORCH_LIBRARY_IMPL(cross_entropy, AutocastCUDA, m) {
-  add_autocast<c10::kCUDA>(m);
 }
 
 }  // namespace ce

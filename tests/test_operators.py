@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cross_entropy
 from tests.device import DEVICE, IS_HOST
@@ -202,19 +203,57 @@ def test_exported_for_any_batch():
         assert torch.equal(program.module()(logits, target), expected)
 
 
-# CUDA tensors without a GPU.
+# Autocast; CUDA's without a GPU.
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_cuda_autocast_gives_the_dtype_of_torchs(dtype):
+@pytest.mark.parametrize("target", ["indices", *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_autocast_gives_the_dtype_of_torchs(device, dtype, target):
     with FakeTensorMode():
-        logits, target = torch.empty(6, 9, device="cuda", dtype=dtype), torch.zeros(6, device="cuda", dtype=torch.int64)
-        torch.set_autocast_enabled("cuda", True)
+        logits = torch.empty(6, 9, device=device, dtype=dtype)
+        if target == "indices":
+            target = torch.zeros(6, device=device, dtype=torch.int64)
+        else:
+            target = torch.empty(6, 9, device=device, dtype=target)
+        enabled = torch.is_autocast_enabled(device)
+        torch.set_autocast_enabled(device, True)
         try:
             loss, theirs = cross_entropy.cross_entropy(logits, target), F.cross_entropy(logits, target)
         finally:
-            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_enabled(device, enabled)
     assert loss.dtype == theirs.dtype and loss.device == theirs.device and loss.shape == theirs.shape
+
+
+# vmap.
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_vmap_is_one_call_of_the_kernels(reduction):
+    logits, targets = torch.randn(5, 6, 9), torch.randint(9, (5, 6))
+
+    def loss(x, t):
+        return cross_entropy.cross_entropy(x, t, reduction=reduction).sum()
+
+    calls = {}
+    for name, function in (("loss", loss), ("gradient", torch.func.grad(loss))):
+        with Names() as log:
+            torch.vmap(function)(logits, targets)
+        calls[name] = sorted(name for name in log.names if name.startswith("cross_entropy::"))
+    assert calls["loss"] == ["cross_entropy::loss"]
+    assert len(calls["gradient"]) <= 3 and "cross_entropy::forward" in calls["gradient"]
 
 
 # TorchScript.

@@ -146,9 +146,23 @@ def test_composite_compliance(index):
 
 
 @pytest.mark.parametrize("index", INDICES)
-def test_fake_tensors_are_as_real_ones(index):
+def test_negative_views(index):
+    """Tensors that are stored with the other sign."""
     sample = samples(torch.float64)[index]
-    with CrossRefFakeMode():
+    negative = sample.transform(
+        lambda t: torch._neg_view(-t.detach()).requires_grad_(t.requires_grad)
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+        else t
+    )
+    assert negative.input.is_neg()
+    compare(negative, torch.float64)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["no autocast", "autocast"])
+@pytest.mark.parametrize("index", INDICES)
+def test_fake_tensors_are_as_real_ones(index, autocast):
+    sample = samples(torch.bfloat16 if autocast else torch.float64)[index]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast), CrossRefFakeMode():
         loss = OP.op(sample.input, *sample.args, **sample.kwargs)
         torch.autograd.grad(loss, leaves(sample), torch.ones_like(loss))
 

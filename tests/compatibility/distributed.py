@@ -15,7 +15,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from tests.compatibility.cells import OPTIONS, Case, Model, backward, cells, doubles, run_cell, upstream, way
+from tests.compatibility.cells import (
+    OPTIONS,
+    Case,
+    Model,
+    accumulated,
+    backward,
+    cells,
+    doubles,
+    run_cell,
+    upstream,
+    way,
+)
 from tests.compatibility.compiling import compiled
 
 WORLD = 2
@@ -50,15 +61,23 @@ distributed("DistributedDataParallel", reference=average)(on_own_batch(torch.nn.
 distributed("FSDP2 (fully_shard)", reference=average)(on_own_batch(lambda model: fully_shard(model, mesh=mesh())))
 
 
-def on_mesh(case: Case, logits: Placement) -> Any:
-    """The loss and the gradients of DTensors, whose placements are checked."""
-    rows = {Shard(1): Replicate(), Shard(2): Shard(1)}.get(logits, logits)
-    total = Partial() if isinstance(logits, Shard) else Replicate()
-    placements = [logits, logits if case.option.soft else rows, Replicate()]
+def rows_of(logits: Placement) -> Placement:
+    return {Shard(1): Replicate(), Shard(2): Shard(1)}.get(logits, logits)
+
+
+def distributed_leaves(case: Case, logits: Placement) -> list[Any]:
+    placements = [logits, logits if case.option.soft else rows_of(logits), Replicate()]
     operands = zip(case.inputs, placements, strict=True)
     leaves = [None if t is None else distribute_tensor(t, mesh(), [placement]) for t, placement in operands]
     for i in case.differentiable:
         leaves[i].requires_grad_()
+    return leaves
+
+
+def on_mesh(case: Case, logits: Placement) -> Any:
+    """The loss and the gradients of DTensors, whose placements are checked."""
+    rows, total = rows_of(logits), Partial() if isinstance(logits, Shard) else Replicate()
+    leaves = distributed_leaves(case, logits)
     loss = case.f(*leaves)
     assert loss.placements == (rows if loss.dim() else total,)
     factor = distribute_tensor(upstream(loss.full_tensor()), mesh(), [rows if loss.dim() else Replicate()])
@@ -70,6 +89,14 @@ def on_mesh(case: Case, logits: Placement) -> Any:
 @distributed("DTensor, rows sharded", reference=backward)
 def rows_sharded(case: Case) -> Any:
     return on_mesh(case, Shard(0))
+
+
+@distributed("DTensor, rows sharded, loss.full_tensor()", reference=accumulated)
+def rows_sharded_whole_loss(case: Case) -> Any:
+    leaves = distributed_leaves(case, Shard(0))
+    loss = case.f(*leaves).full_tensor()
+    loss.backward(upstream(loss))
+    return [loss, *(leaves[i].grad.full_tensor() for i in case.differentiable)]
 
 
 @distributed("DTensor, rows sharded, torch.compile", reference=backward)

@@ -96,7 +96,15 @@ def mapping(name: str, make: Callable[[Transform], Run]) -> None:
     transform(name, reference=make(loop))(make(vmap))
 
 
-def over(names: str, inner: Callable[[Case], Function] = lambda case: case.f) -> Callable[[Transform], Run]:
+def loss_of(case: Case) -> Function:
+    return case.f
+
+
+def gradient_of(case: Case) -> Function:
+    return grad(scalar(case.f), case.differentiable)
+
+
+def over(names: str, inner: Callable[[Case], Function] = loss_of) -> Callable[[Transform], Run]:
     """A function of the case mapped over the operands that are named."""
 
     def make(map_: Transform) -> Run:
@@ -117,14 +125,10 @@ mapping("vmap over logits", over("logits"))
 mapping("vmap over targets", over("target"))
 mapping("vmap over logits and targets", over("logits target"))
 mapping("vmap over everything", over("logits target weight"))
-mapping(
-    "vmap of grad (per-sample gradients)", over("logits target", lambda case: grad(scalar(case.f), case.differentiable))
-)
-mapping(
-    "vmap of grad, over everything",
-    over("logits target weight", lambda case: grad(scalar(case.f), case.differentiable)),
-)
+mapping("vmap of grad (per-sample gradients)", over("logits target", gradient_of))
+mapping("vmap of grad, over everything", over("logits target weight", gradient_of))
 mapping("vmap of hessian", over("logits target", lambda case: hessian(scalar(case.f))))
+mapping("vmap of jacrev of jacrev", over("logits target", lambda case: jacrev(jacrev(scalar(case.f)))))
 mapping("vmap of jvp", over("logits", lambda case: lambda x, *rest: jvp(lambda x: case.f(x, *rest), (x,), (x,))))
 
 
@@ -136,10 +140,10 @@ def in_other_dims(map_: Transform) -> Run:
     return run
 
 
-def nested(map_: Transform) -> Run:
+def nested(map_: Transform, inner_of: Callable[[Case], Function] = loss_of) -> Run:
     def run(case: Case) -> Any:
         logits, target, _ = batch_of(case)
-        inner = map_(case.f, (0, 0, None))
+        inner = map_(inner_of(case), (0, 0, None))
         return map_(inner, (0, None, None))(torch.stack([logits, logits * 2]), target, case.inputs[2])
 
     return run
@@ -156,6 +160,7 @@ def gradient_of_mapped(map_: Transform) -> Run:
 
 mapping("vmap with in_dims other than 0", in_other_dims)
 mapping("vmap of vmap", nested)
+mapping("vmap of vmap of grad", lambda map_: nested(map_, gradient_of))
 mapping("grad of vmap", gradient_of_mapped)
 
 
