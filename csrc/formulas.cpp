@@ -22,11 +22,15 @@ c10::SymInt rows_of(const Tensor& logits) {
   return rows;
 }
 
+// Compared as int64: an ignore_index of -100 is no uint8.
+Tensor is_ignored(const Tensor& target, const Options& options) {
+  return target.to(at::kLong) == at::Scalar(options.ignore_index);
+}
+
 // 0 in ignored rows, and a class in those that are out of bounds: a kernel of this project reports them.
 Tensor index_of(const Tensor& target, const Tensor& logits, const Options& options) {
-  const Tensor index = target.to(at::kLong);
-  return index.masked_fill(index == at::Scalar(options.ignore_index), 0)
-      .clamp(0, logits.sym_size(class_dim(logits)) - 1);
+  const Tensor index = target.to(at::kLong).masked_fill(is_ignored(target, options), 0);
+  return index.clamp(0, logits.sym_size(class_dim(logits)) - 1);
 }
 
 // The operands of one call in the accumulator's dtype, the class dimension kept in all of them.
@@ -59,10 +63,10 @@ struct Operands {
     }
     c10::SymDimVector column(logits.sym_sizes().begin(), logits.sym_sizes().end());
     column[dim] = 1;
-    const Tensor is_ignored = (target == at::Scalar(options.ignore_index)).reshape_symint(column);
-    kept = is_ignored.logical_not().to(acc);
+    const Tensor ignored = is_ignored(target, options).reshape_symint(column);
+    kept = ignored.logical_not().to(acc);
     index = index_of(target, logits, options).reshape_symint(column);
-    z = z.masked_fill(is_ignored, 0);
+    z = z.masked_fill(ignored, 0);
     background = w * uniform * kept;
     target_part = keep * w.expand_as(z).gather(dim, index) * kept;
     coefficients = background.sum(dim, true) + target_part;
@@ -89,7 +93,7 @@ Tensor divisor(const Tensor& logits, const Tensor& target, const OptionalTensor&
   if (is_probabilities(logits, target)) {
     return at::full_symint({}, rows_of(logits), logits.options().dtype(acc));
   }
-  const Tensor kept = (target != at::Scalar(options.ignore_index)).to(acc);
+  const Tensor kept = is_ignored(target, options).logical_not().to(acc);
   if (!weight || !weight->defined()) {
     return kept.sum();
   }

@@ -74,14 +74,10 @@ at::Tensor cross_entropy(py::handle input, py::handle target, py::handle weight,
   HANDLE_TH_ERRORS
   const Arguments a(input, target, weight, ignore_index, label_smoothing);
   py::gil_scoped_release no_gil;
-  const auto loss = inplace
-                        ? ce::cross_entropy_
-                        : [](at::Tensor logits, const at::Tensor& target, const ce::OptionalTensor& weight,
-                             int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-                            return ce::cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing,
-                                                     full_precision);
-                          };
-  return loss(a.logits, a.target, a.weight, reduction, a.ignore_index, a.label_smoothing, /*full_precision=*/false);
+  if (inplace) {
+    return ce::cross_entropy_(a.logits, a.target, a.weight, reduction, a.ignore_index, a.label_smoothing, false);
+  }
+  return ce::cross_entropy(a.logits, a.target, a.weight, reduction, a.ignore_index, a.label_smoothing, false);
   END_HANDLE_TH_ERRORS_PYBIND
 }
 

@@ -256,6 +256,32 @@ def test_vmap_is_one_call_of_the_kernels(reduction):
     assert len(calls["gradient"]) <= 3 and "cross_entropy::forward" in calls["gradient"]
 
 
+INDICES = {
+    torch.uint8: ([156, 0, 199, 5], -100),  # the last byte of -100 is 156
+    torch.int32: ([7, 0, 199, 5], 7 + 2**32),
+    torch.int64: ([7, 0, 199, 5], 7),
+}
+
+
+@pytest.mark.parametrize("dtype", INDICES, ids=str)
+def test_index_dtypes_in_transforms(dtype):
+    indices, ignored = INDICES[dtype]
+    target = torch.tensor([indices, indices[::-1]])
+    logits = torch.randn(2, 4, 200, dtype=torch.float64)
+    results = []
+    for function, indices in ((cross_entropy.cross_entropy, target.to(dtype)), (F.cross_entropy, target)):
+
+        def loss(x, t, function=function):
+            return function(x, t, ignore_index=ignored)
+
+        loss_and_gradient = torch.func.grad_and_value(
+            lambda x, t, loss=loss: torch.func.grad(loss)(x, t).square().sum()
+        )
+        results.append([torch.vmap(loss)(logits, indices), *torch.vmap(loss_and_gradient)(logits, indices)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # TorchScript.
 
 
