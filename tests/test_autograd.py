@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cross_entropy import cross_entropy, row_stats
 from tests.device import DEVICE
+from tests.observe import LogOperators, allocations
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {
@@ -226,14 +226,6 @@ def inplace_loss(leaf, target, **options):
     return logits, cross_entropy(logits, target, inplace=True, **options)
 
 
-def logits_sized_allocations(function, nbytes):
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    return sum(size >= nbytes for size in sizes)
-
-
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "probabilities"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -279,7 +271,7 @@ def test_inplace_allocates_nothing_of_the_logits_size(inplace, dtype, reduction)
     if inplace:  # not a view of a leaf, which must not be written to
         logits = leaf * 1
         edge = torch.autograd.graph.get_gradient_edge(logits)
-    assert logits_sized_allocations(step, logits.nbytes) == (0 if inplace else 1)
+    assert allocations(step, logits.nbytes) == (0 if inplace else 1)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -482,16 +474,6 @@ FORBIDDEN = ("softmax", "nll_loss", "logsumexp", "aten::cross_entropy")
 OPERATOR_NAMES = ("aten::", "cross_entropy::")
 
 
-class Trace(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 def assert_own(names):
     assert any(name.startswith("cross_entropy::") for name in names)
     assert [name for name in names if any(bad in name for bad in FORBIDDEN)] == []
@@ -535,7 +517,7 @@ def test_no_operator_of_torch_computes_the_loss(dtype, shape, layout, how):
         logits = LAYOUTS[layout](leaf)
         create_graph = HOW[how].get("create_graph", False)
         # The mode sees calls from outside an operator, the profiler those from inside as well.
-        with Trace() as trace, torch.profiler.profile() as profile:
+        with LogOperators() as log, torch.profiler.profile() as profile:
             if how.startswith("row_stats"):
                 stats = row_stats(logits, target, weight, label_smoothing=smoothing)
                 losses = [stats.logsumexp, stats.loss]
@@ -553,6 +535,6 @@ def test_no_operator_of_torch_computes_the_loss(dtype, shape, layout, how):
                 ]
             upstream = [torch.ones_like(loss) for loss in losses]
             torch.autograd.grad(losses, inputs, upstream, create_graph=create_graph)
-        assert_own(trace.names)
+        assert_own(log.names)
         names = [event.name for event in profile.events()]
         assert_own([name for name in names if name.startswith(OPERATOR_NAMES)])

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cross_entropy
 from tests.device import DEVICE, IS_HOST
+from tests.observe import LogOperators, allocations
 
 OPERATORS = torch.ops.cross_entropy
 NONE, MEAN, SUM = map(torch.nn._reduction.get_enum, ("none", "mean", "sum"))
@@ -150,13 +150,6 @@ def test_compiled_autocast(inside):
     loss.backward()
 
 
-def allocations(function, nbytes):
-    with torch.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    return sum(event.nbytes() >= nbytes for event in events if event.name() == "[memory]")
-
-
 @pytest.mark.skipif(not IS_HOST, reason="counts what the CPU's allocator is asked for")
 def test_compiled_inplace_saves_the_gradients_memory():
     leaf, target, _ = operands((64, 3000), requires_grad=True)
@@ -230,16 +223,6 @@ def test_autocast_gives_the_dtype_of_torchs(device, dtype, target):
 # vmap.
 
 
-class Names(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_vmap_is_one_call_of_the_kernels(reduction):
     logits, targets = torch.randn(5, 6, 9), torch.randint(9, (5, 6))
@@ -249,7 +232,7 @@ def test_vmap_is_one_call_of_the_kernels(reduction):
 
     calls = {}
     for name, function in (("loss", loss), ("gradient", torch.func.grad(loss))):
-        with Names() as log:
+        with LogOperators() as log:
             torch.vmap(function)(logits, targets)
         calls[name] = sorted(name for name in log.names if name.startswith("cross_entropy::"))
     assert calls["loss"] == ["cross_entropy::loss"]

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.compatibility.cells import Case, Model, accumulated, backward, doubles, way
 from tests.device import DEVICE
+from tests.observe import LogOperators
 
 mode = functools.partial(way, group="Modes and subclasses")
 FUNCTIONS = {"cross_entropy", "row_stats"}
@@ -59,16 +59,6 @@ def function_mode(case: Case) -> Any:
         results = backward(case)
     assert log.names & FUNCTIONS
     return results
-
-
-class LogOperators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(operator.name())
-        return operator(*args, **(kwargs or {}))
 
 
 @mode("__torch_dispatch__ mode", reference=backward)
