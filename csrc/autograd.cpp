@@ -81,6 +81,55 @@ Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor ? *tensor : Tensor();
 }
 
+// Of the gradient of the logits.
+struct GradientBackward : Node {
+  Options options{};
+  SavedVariable grad_loss, grad_lse, logits, target, weight;
+
+  std::string name() const override { return "CrossEntropyBackwardBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* variable : {&grad_loss, &grad_lse, &logits, &target, &weight}) {
+      variable->reset_data();
+    }
+  }
+
+  variable_list apply(variable_list&& inputs) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list outputs(num_outputs());
+    if (inputs[0].defined()) {
+      const OptionalTensor w = weight.unpack();
+      auto grads = formulas::gradients_of_gradient(inputs[0], grad_loss.unpack(), grad_lse.unpack(), logits.unpack(),
+                                                   target.unpack(), w, options);
+      for (const auto i : c10::irange(num_outputs())) {
+        if (task_should_compute_output(i)) {
+          outputs[i] = std::move(grads[i]);
+        }
+      }
+    }
+    return outputs;
+  }
+};
+
+// Gives the gradient of the logits that a kernel has computed its own backward pass.
+Tensor with_graph(Tensor grad, const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
+                  const Tensor& target, const OptionalTensor& weight, const Options& options) {
+  if (needs_graph(grad_loss, grad_lse, logits, target, weight)) {
+    auto node = make_node<GradientBackward>();
+    const Tensor g_lse = or_undefined(grad_lse), w = or_undefined(weight);
+    node->options = options;
+    node->set_next_edges(torch::autograd::collect_next_edges(grad_loss, g_lse, logits, target, w));
+    node->grad_loss = SavedVariable(grad_loss, /*is_output=*/false);
+    node->grad_lse = SavedVariable(g_lse, false);
+    node->logits = SavedVariable(logits, false);
+    node->target = SavedVariable(target, false);
+    node->weight = SavedVariable(w, false);
+    torch::autograd::set_history(grad, node);
+  }
+  return grad;
+}
+
 // Of the loss (input 0 of the node) and, for row_stats, of each row's lse (input 1).
 struct LossBackward : Node {
   enum Output { kLogits, kTarget, kWeight };
@@ -138,37 +187,23 @@ struct LossBackward : Node {
     if (!grad_loss.defined() && !grad_lse.defined()) {
       return outputs;
     }
-    if (grad.defined() && !at::GradMode::is_enabled()) {
-      // Handed out once: what the engine has got is never written to again.
-      Tensor result = std::move(grad);
-      if (scales_in_place(result, grad_loss)) {
-        op::scale_(result, grad_loss);
-      } else {
-        result = (result * grad_loss).to(result.scalar_type());
-      }
-      outputs[kLogits] = std::move(result);
+    const bool create_graph = at::GradMode::is_enabled();
+    if (grad.defined() && !(create_graph && (replaces_logits || has_tangent(grad_loss)))) {
+      outputs[kLogits] = take_grad(grad_loss, create_graph);
       return outputs;
     }
     TORCH_CHECK(
         !replaces_logits,
         "cross_entropy: after inplace=True there are no logits from which a gradient could be computed a second "
         "time, or differentiated");
+    TORCH_CHECK(!create_graph || !overwrites_logits, "cross_entropy: inplace=True has no double backward");
     const Tensor x = logits.unpack();
     const Tensor q = target.unpack();
     const OptionalTensor w = weight.unpack();
-    if (at::GradMode::is_enabled()) {
-      TORCH_CHECK(!overwrites_logits, "cross_entropy: inplace=True has no double backward");
-      auto grads = formulas::gradients(grad_loss, grad_lse, x, q, w, options);
-      for (const auto i : c10::irange(num_outputs())) {
-        if (task_should_compute_output(i)) {
-          outputs[i] = std::move(grads[i]);
-        }
-      }
-      return outputs;
-    }
     Tensor row_max = max.unpack();
     Tensor row_sum = sum.unpack();
     if (!row_max.defined()) {
+      const at::NoGradGuard no_graph;
       std::tie(std::ignore, row_max, row_sum, std::ignore) = op::forward(x, q, w, options);
     }
     const Tensor upstream = grad_loss.defined() ? grad_loss : at::zeros({}, row_max.options());
@@ -189,6 +224,25 @@ struct LossBackward : Node {
       }
     }
     return outputs;
+  }
+
+ private:
+  // What the forward pass has computed. Handed out once: what the engine has got is never written to again.
+  Tensor take_grad(const Tensor& grad_loss, bool create_graph) {
+    Tensor result = std::move(grad);
+    std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+    if (create_graph) {
+      guard.emplace();
+    }
+    if (scales_in_place(result, grad_loss)) {
+      op::scale_(result, grad_loss);
+    } else {
+      result = (result * grad_loss).to(result.scalar_type());
+    }
+    guard.reset();
+    return create_graph ? with_graph(result, grad_loss, std::nullopt, logits.unpack(), target.unpack(),
+                                     OptionalTensor(weight.unpack()), options)
+                        : result;
   }
 };
 
@@ -341,24 +395,38 @@ std::tuple<Tensor, Tensor> forward_grad_autograd(const Tensor& logits, const Ten
                                                  c10::SymInt ignore_index, double label_smoothing,
                                                  bool full_precision) {
   const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  if (is_differentiated(logits, target, weight)) {
-    const Tensor loss = op::loss(logits, target, weight, options);
-    const Tensor one = at::ones({}, logits.options().dtype(accumulator_of(logits.scalar_type())));
-    return {loss, formulas::gradients(one, {}, logits, target, weight, options)[0]};
+  const Tensor one = at::ones({}, logits.options().dtype(accumulator_of(logits.scalar_type())));
+  if (any_has_tangent(logits, target, weight)) {
+    return {formulas::loss(logits, target, weight, options),
+            formulas::gradients(one, {}, logits, target, weight, options)[0]};
   }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op::forward_grad(logits, target, weight, options);
+  Tensor loss, grad;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, grad) = op::forward_grad(logits, target, weight, options);
+  }
+  if (needs_graph(logits, target, weight)) {
+    auto node = make_backward(logits, target, weight, options);
+    save_inputs(node, logits, target, weight);
+    torch::autograd::set_history(loss, node);
+    grad = with_graph(grad, one, std::nullopt, logits, target, weight, options);
+  }
+  return {loss, grad};
 }
 
 Tensor backward_autograd(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
                          const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
                          int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
   const Options options{reduction, ignore_index, label_smoothing};
-  if (is_differentiated(grad_loss, grad_lse, logits, target, weight)) {
+  if (any_has_tangent(grad_loss, grad_lse, logits, target, weight)) {
     return formulas::gradients(grad_loss, or_undefined(grad_lse), logits, target, weight, options)[0];
   }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return op::backward(grad_loss, grad_lse, logits, target, weight, max, sum, options);
+  Tensor grad;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    grad = op::backward(grad_loss, grad_lse, logits, target, weight, max, sum, options);
+  }
+  return with_graph(grad, grad_loss, grad_lse, logits, target, weight, options);
 }
 
 Tensor target_backward_autograd(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,

@@ -79,6 +79,17 @@ Tensor log_probabilities(const Tensor& z, int64_t dim) {
   return z - std::get<1>(row_stats(z, any_target, std::nullopt, /*ignore_index=*/-100, 0)).unsqueeze(dim);
 }
 
+Tensor sum_to_classes(const Tensor& terms, const Tensor& weight, int64_t dim) {
+  return terms.transpose(0, dim).reshape_symint({terms.sym_size(dim), -1}).sum(1).to(weight.scalar_type());
+}
+
+// The gradient of each row's loss, to be broadcast over its classes.
+Tensor upstream_column(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                       const OptionalTensor& weight, const Options& options) {
+  const Tensor g = upstream_of_rows(grad_loss, logits, target, weight, options);
+  return options.reduction == at::Reduction::None && grad_loss.defined() ? g.unsqueeze(class_dim(logits)) : g;
+}
+
 }  // namespace
 
 Tensor lse(const Tensor& logits) {
@@ -134,10 +145,7 @@ std::array<Tensor, 3> gradients(const Tensor& grad_loss, const Tensor& grad_lse,
                                 const Tensor& target, const OptionalTensor& weight, const Options& options) {
   const Operands o(logits, target, weight, options);
   const Tensor log_p = log_probabilities(o.z, o.dim);
-  Tensor g = upstream_of_rows(grad_loss, logits, target, weight, options);
-  if (options.reduction == at::Reduction::None && grad_loss.defined()) {
-    g = g.unsqueeze(o.dim);
-  }
+  const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
 
   Tensor logits_grad = g * (o.coefficients * log_p.exp() - o.background);
   if (o.index.defined()) {
@@ -151,9 +159,47 @@ std::array<Tensor, 3> gradients(const Tensor& grad_loss, const Tensor& grad_lse,
   if (!o.index.defined()) {
     result[1] = (-g * o.keep * o.w * log_p).to(target.scalar_type());
     if (weight && weight->defined()) {
-      const Tensor terms = -g * (o.keep * target.to(o.z.scalar_type()) + o.uniform) * log_p;
-      result[2] =
-          terms.transpose(0, o.dim).reshape_symint({logits.sym_size(o.dim), -1}).sum(1).to(weight->scalar_type());
+      result[2] = sum_to_classes(-g * (o.keep * target.to(o.z.scalar_type()) + o.uniform) * log_p, *weight, o.dim);
+    }
+  }
+  return result;
+}
+
+// With G_c = g (A p_c − a_c) + h p_c, a the coefficients and A their sum, and v its upstream gradient.
+std::array<Tensor, 5> gradients_of_gradient(const Tensor& upstream, const Tensor& grad_loss, const Tensor& grad_lse,
+                                            const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                            const Options& options) {
+  const Operands o(logits, target, weight, options);
+  const auto acc = o.z.scalar_type();
+  const Tensor v = upstream.to(acc);
+  const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
+  const Tensor p = log_probabilities(o.z, o.dim).exp();
+  const Tensor vp = (v * p).sum(o.dim, /*keepdim=*/true);
+
+  std::array<Tensor, 5> result;
+  result[2] = g * o.coefficients * p * (v - vp);
+  if (grad_lse.defined()) {
+    const Tensor q = log_probabilities(logits.to(acc), o.dim).exp();  // also of ignored rows
+    const Tensor vq = (v * q).sum(o.dim, true);
+    result[1] = vq.squeeze(o.dim).to(grad_lse.scalar_type());
+    result[2] = result[2] + grad_lse.to(acc).unsqueeze(o.dim) * q * (v - vq);
+  }
+  result[2] = result[2].to(logits.scalar_type());
+  if (grad_loss.defined()) {
+    Tensor va = (v * o.background).sum(o.dim, true);
+    if (o.index.defined()) {
+      va = va + o.target_part * v.gather(o.dim, o.index);
+    }
+    const Tensor of_rows = (o.coefficients * vp - va).squeeze(o.dim);
+    Options in_dtype_of_sum = options;
+    in_dtype_of_sum.full_precision = true;
+    result[0] = reduce(of_rows, logits, target, weight, in_dtype_of_sum).to(grad_loss.scalar_type());
+  }
+  if (!o.index.defined()) {
+    const Tensor of_coefficients = g * (vp - v);
+    result[3] = (o.keep * o.w * of_coefficients).to(target.scalar_type());
+    if (weight && weight->defined()) {
+      result[4] = sum_to_classes((o.keep * target.to(acc) + o.uniform) * of_coefficients, *weight, o.dim);
     }
   }
   return result;

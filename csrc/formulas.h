@@ -31,4 +31,10 @@ at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, const Option
 std::array<at::Tensor, 3> gradients(const at::Tensor& grad_loss, const at::Tensor& grad_lse, const at::Tensor& logits,
                                     const at::Tensor& target, const OptionalTensor& weight, const Options&);
 
+// Of what gradients() gives for the logits, given its own upstream gradient: with respect to grad_loss, grad_lse, the
+// logits, probability targets and the class weights.
+std::array<at::Tensor, 5> gradients_of_gradient(const at::Tensor& upstream, const at::Tensor& grad_loss,
+                                                const at::Tensor& grad_lse, const at::Tensor& logits,
+                                                const at::Tensor& target, const OptionalTensor& weight, const Options&);
+
 }  // namespace ce::formulas
