@@ -40,8 +40,8 @@ struct Operands {
   Tensor w;             // class weights, shaped to broadcast
   Tensor index;         // of class-index targets
   Tensor kept;          // of class-index targets: 1, or 0 in ignored rows
-  Tensor background;    // the coefficients of row_loss.h, but for the part that only an index target has
-  Tensor target_part;   // that part, per row
+  Tensor background;    // the coefficients of row_loss.h, but for that of an index target; undefined if they are 0
+  Tensor target_part;   // that one, per row
   Tensor coefficients;  // the sum of all coefficients, per row
   double keep, uniform;
 
@@ -67,9 +67,12 @@ struct Operands {
     kept = ignored.logical_not().to(acc);
     index = index_of(target, logits, options).reshape_symint(column);
     z = z.masked_fill(ignored, 0);
-    background = w * uniform * kept;
     target_part = keep * w.expand_as(z).gather(dim, index) * kept;
-    coefficients = background.sum(dim, true) + target_part;
+    coefficients = target_part;
+    if (uniform != 0) {
+      background = w * uniform * kept;
+      coefficients = coefficients + background.sum(dim, true);
+    }
   }
 };
 
@@ -133,12 +136,16 @@ Tensor upstream_of_rows(const Tensor& grad_loss, const Tensor& logits, const Ten
 
 Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options) {
   const Operands o(logits, target, weight, options);
-  const Tensor log_p = o.z - at::logsumexp(o.z, o.dim, /*keepdim=*/true);
-  Tensor rows = -(o.background * log_p).sum(o.dim);
+  const Tensor lse = at::logsumexp(o.z, o.dim, /*keepdim=*/true);
+  Tensor rows;
   if (o.index.defined()) {
-    rows = rows - (o.target_part * log_p.gather(o.dim, o.index)).squeeze(o.dim);
+    rows = o.target_part * (lse - o.z.gather(o.dim, o.index));
   }
-  return reduce(rows, logits, target, weight, options);
+  if (o.background.defined()) {
+    const Tensor others = (o.background * (lse - o.z)).sum(o.dim, true);
+    rows = rows.defined() ? rows + others : others;
+  }
+  return reduce(rows.squeeze(o.dim), logits, target, weight, options);
 }
 
 std::array<Tensor, 3> gradients(const Tensor& grad_loss, const Tensor& grad_lse, const Tensor& logits,
@@ -147,7 +154,8 @@ std::array<Tensor, 3> gradients(const Tensor& grad_loss, const Tensor& grad_lse,
   const Tensor log_p = log_probabilities(o.z, o.dim);
   const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
 
-  Tensor logits_grad = g * (o.coefficients * log_p.exp() - o.background);
+  Tensor logits_grad = o.coefficients * log_p.exp();
+  logits_grad = g * (o.background.defined() ? logits_grad - o.background : logits_grad);
   if (o.index.defined()) {
     logits_grad = logits_grad.scatter_add(o.dim, o.index, -(g * o.target_part).expand_as(o.index)) * o.kept;
   }
@@ -186,14 +194,16 @@ std::array<Tensor, 5> gradients_of_gradient(const Tensor& upstream, const Tensor
   }
   result[2] = result[2].to(logits.scalar_type());
   if (grad_loss.defined()) {
-    Tensor va = (v * o.background).sum(o.dim, true);
+    Tensor of_rows = o.coefficients * vp;
     if (o.index.defined()) {
-      va = va + o.target_part * v.gather(o.dim, o.index);
+      of_rows = of_rows - o.target_part * v.gather(o.dim, o.index);
     }
-    const Tensor of_rows = (o.coefficients * vp - va).squeeze(o.dim);
+    if (o.background.defined()) {
+      of_rows = of_rows - (o.background * v).sum(o.dim, true);
+    }
     Options in_dtype_of_sum = options;
     in_dtype_of_sum.full_precision = true;
-    result[0] = reduce(of_rows, logits, target, weight, in_dtype_of_sum).to(grad_loss.scalar_type());
+    result[0] = reduce(of_rows.squeeze(o.dim), logits, target, weight, in_dtype_of_sum).to(grad_loss.scalar_type());
   }
   if (!o.index.defined()) {
     const Tensor of_coefficients = g * (vp - v);
