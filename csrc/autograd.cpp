@@ -288,13 +288,47 @@ void check_index_weight(const Tensor& logits, const Tensor& target, const Option
               "This input cannot have requires_grad True.");
 }
 
+// The forward pass that leaves the gradient to the backward pass, and all of its results.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_graph(const Tensor& logits, const Tensor& target,
+                                                              const OptionalTensor& weight, const Options& options) {
+  Tensor loss, max, sum, lse;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, max, sum, lse) = op::forward(logits, target, weight, options);
+  }
+  if (needs_graph(logits, target, weight)) {
+    auto node = make_backward(logits, target, weight, options);
+    save_rows(node, max, sum);
+    save_inputs(node, logits, target, weight);
+    torch::autograd::set_history(loss, node);
+    torch::autograd::set_history(lse, node);
+  }
+  return {loss, max, sum, lse};
+}
+
+// With the tangent that its logits give the loss: the gradient of each row's loss times the row's tangent.
+Tensor loss_with_tangent(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                         const Options& options) {
+  const auto [loss, max, sum, lse] = forward_with_graph(logits, target, weight, options);
+  const Tensor x = logits._fw_primal(/*level=*/0);
+  Options of_rows = options;
+  of_rows.reduction = at::Reduction::None;
+  const Tensor grad = op::backward(at::ones_like(max), std::nullopt, x, target, weight, max, sum, of_rows);
+  const Tensor tangents = (grad * logits._fw_grad(0)).sum(class_dim(logits), /*keepdim=*/false, max.scalar_type());
+  loss._set_fw_grad(formulas::reduce(tangents, x, target, weight, options), /*level=*/0, /*is_inplace_op=*/false);
+  return loss;
+}
+
 Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
                      c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
   const Options options{reduction, ignore_index, label_smoothing, full_precision};
   check_index_weight(logits, target, weight);
-  if (any_has_tangent(logits, target, weight)) {
+  if (any_has_tangent(target, weight)) {
     check(logits, target, weight, options);
     return formulas::loss(logits, target, weight, options);
+  }
+  if (has_tangent(logits)) {
+    return loss_with_tangent(logits, target, weight, options);
   }
   if (!needs_graph(logits, target, weight)) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -364,20 +398,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Tensor& logits
                                                             bool full_precision) {
   const Options options{reduction, ignore_index, label_smoothing, full_precision};
   check_index_weight(logits, target, weight);
-  Tensor loss, max, sum, lse;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, max, sum, lse) = op::forward(logits, target, weight, options);
-  }
+  const auto [loss, max, sum, lse] = forward_with_graph(logits, target, weight, options);
   if (any_has_tangent(logits, target, weight)) {
     return {formulas::loss(logits, target, weight, options), max, sum, formulas::lse(logits)};
-  }
-  if (needs_graph(logits, target, weight)) {
-    auto node = make_backward(logits, target, weight, options);
-    save_rows(node, max, sum);
-    save_inputs(node, logits, target, weight);
-    torch::autograd::set_history(loss, node);
-    torch::autograd::set_history(lse, node);
   }
   return {loss, max, sum, lse};
 }

@@ -126,6 +126,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Tensor& logits,
   return {formulas::reduce(rows, logits, target, weight, options), max, sum, lse};
 }
 
+// What the backward kernels read, with the batch in it.
+struct OuterOperands {
+  Tensor grad_loss, logits, target, max, sum;
+
+  OuterOperands(const Batch& batch, const Tensor& grad_loss_, const Tensor& logits_, const Tensor& target_,
+                const OptionalTensor& weight, const Tensor& max_, const Tensor& sum_, const Options& options)
+      : grad_loss(
+            batch.outer(formulas::upstream_of_rows(grad_loss_, logits_, target_, weight, options).expand_as(max_))),
+        logits(batch.outer_logits(logits_)),
+        target(batch.outer_target(logits_, target_)),
+        max(batch.outer(max_)),
+        sum(batch.outer(sum_)) {}
+};
+
 Tensor backward_batched(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
                         const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
@@ -134,15 +148,12 @@ Tensor backward_batched(const Tensor& grad_loss, const OptionalTensor& grad_lse,
   if (batch.has(weight)) {
     return formulas::gradients(grad_loss, grad_lse.value_or(Tensor()), logits, target, weight, options)[0];
   }
-  const Tensor upstream = formulas::upstream_of_rows(grad_loss, logits, target, weight, options).expand_as(max);
-  const Tensor g = batch.outer(upstream);
+  const OuterOperands o(batch, grad_loss, logits, target, weight, max, sum, options);
   const OptionalTensor g_lse = grad_lse && grad_lse->defined() ? OptionalTensor(batch.outer(*grad_lse)) : std::nullopt;
-  const Tensor z = batch.outer_logits(logits), t = batch.outer_target(logits, target);
-  const Tensor m = batch.outer(max), s = batch.outer(sum);
   Tensor grad;
   {
     const BelowVmap guard;
-    grad = op::backward(g, g_lse, z, t, weight, m, s, of_rows(options));
+    grad = op::backward(o.grad_loss, g_lse, o.logits, o.target, weight, o.max, o.sum, of_rows(options));
   }
   return batch.inner_logits(grad, logits);
 }
@@ -164,14 +175,11 @@ Tensor target_backward_batched(const Tensor& grad_loss, const Tensor& logits, co
   if (batch.has(weight)) {
     return formulas::gradients(grad_loss, {}, logits, target, weight, options)[1];
   }
-  const Tensor upstream = formulas::upstream_of_rows(grad_loss, logits, target, weight, options).expand_as(max);
-  const Tensor g = batch.outer(upstream);
-  const Tensor z = batch.outer_logits(logits), t = batch.outer_logits(target);
-  const Tensor m = batch.outer(max), s = batch.outer(sum);
+  const OuterOperands o(batch, grad_loss, logits, target, weight, max, sum, options);
   Tensor grad;
   {
     const BelowVmap guard;
-    grad = op::target_backward(g, z, t, weight, m, s, of_rows(options));
+    grad = op::target_backward(o.grad_loss, o.logits, o.target, weight, o.max, o.sum, of_rows(options));
   }
   return batch.inner_logits(grad, target);
 }
