@@ -51,8 +51,10 @@ class Sharding:
     def local(self, tensor: Any, placements: Placements) -> Any:
         """What this rank needs of an operand."""
         if isinstance(tensor, DTensor):
-            is_there = list(tensor.placements) == placements
-            return (tensor if is_there else tensor.redistribute(self.mesh, placements)).to_local()
+            moved: Any = tensor
+            if list(tensor.placements) != placements:
+                moved = moved.detach().redistribute(self.mesh, placements)
+            return moved.to_local()
         if tensor is not None and tensor.dim() > 0:
             raise RuntimeError(MIXED)
         return tensor
@@ -196,6 +198,5 @@ for rule in (loss, forward, forward_grad, forward_grad_, backward, backward_, ta
 def scale_(cls: type, operator: Any, types: Any, args: tuple[DTensor, Tensor], kwargs: dict[str, Any]) -> None:
     with torch.no_grad():
         grad, factor = args
-        if isinstance(factor, DTensor):
-            factor = factor.redistribute(grad.device_mesh, [Replicate()] * grad.device_mesh.ndim).to_local()
-        OPERATORS.scale_(grad.to_local(), factor)
+        sharding = Sharding(grad)
+        OPERATORS.scale_(grad.to_local(), sharding.local(factor, sharding.one))
