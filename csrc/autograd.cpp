@@ -421,7 +421,7 @@ std::tuple<Tensor, Tensor> forward_grad_autograd(const Tensor& logits, const Ten
   const Tensor one = at::ones({}, logits.options().dtype(accumulator_of(logits.scalar_type())));
   if (any_has_tangent(logits, target, weight)) {
     return {formulas::loss(logits, target, weight, options),
-            formulas::gradients(one, {}, logits, target, weight, options)[0]};
+            formulas::logits_gradient(one, {}, logits, target, weight, options)};
   }
   Tensor loss, grad;
   {
@@ -442,7 +442,7 @@ Tensor backward_autograd(const Tensor& grad_loss, const OptionalTensor& grad_lse
                          int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
   const Options options{reduction, ignore_index, label_smoothing};
   if (any_has_tangent(grad_loss, grad_lse, logits, target, weight)) {
-    return formulas::gradients(grad_loss, or_undefined(grad_lse), logits, target, weight, options)[0];
+    return formulas::logits_gradient(grad_loss, or_undefined(grad_lse), logits, target, weight, options);
   }
   Tensor grad;
   {
@@ -457,7 +457,7 @@ Tensor target_backward_autograd(const Tensor& grad_loss, const Tensor& logits, c
                                 double label_smoothing) {
   const Options options{reduction, /*ignore_index=*/-100, label_smoothing};
   if (is_differentiated(grad_loss, logits, target, weight)) {
-    return formulas::gradients(grad_loss, {}, logits, target, weight, options)[1];
+    return formulas::target_gradient(grad_loss, logits, target, weight, options);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return op::target_backward(grad_loss, logits, target, weight, max, sum, options);
@@ -468,7 +468,7 @@ Tensor weight_backward_autograd(const Tensor& grad_loss, const Tensor& logits, c
                                 double label_smoothing) {
   const Options options{reduction, /*ignore_index=*/-100, label_smoothing};
   if (is_differentiated(grad_loss, logits, target, weight)) {
-    return formulas::gradients(grad_loss, {}, logits, target, weight, options)[2];
+    return formulas::weight_gradient(grad_loss, logits, target, weight, options);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return op::weight_backward(grad_loss, logits, target, weight, max, sum, options);

@@ -146,7 +146,7 @@ Tensor backward_batched(const Tensor& grad_loss, const OptionalTensor& grad_lse,
   const Options options{reduction, ignore_index, label_smoothing};
   const Batch batch({grad_loss, grad_lse, logits, target, weight, max, sum});
   if (batch.has(weight)) {
-    return formulas::gradients(grad_loss, grad_lse.value_or(Tensor()), logits, target, weight, options)[0];
+    return formulas::logits_gradient(grad_loss, grad_lse.value_or(Tensor()), logits, target, weight, options);
   }
   const OuterOperands o(batch, grad_loss, logits, target, weight, max, sum, options);
   const OptionalTensor g_lse = grad_lse && grad_lse->defined() ? OptionalTensor(batch.outer(*grad_lse)) : std::nullopt;
@@ -173,7 +173,7 @@ Tensor target_backward_batched(const Tensor& grad_loss, const Tensor& logits, co
   const Options options{reduction, /*ignore_index=*/-100, label_smoothing};
   const Batch batch({grad_loss, logits, target, weight, max, sum});
   if (batch.has(weight)) {
-    return formulas::gradients(grad_loss, {}, logits, target, weight, options)[1];
+    return formulas::target_gradient(grad_loss, logits, target, weight, options);
   }
   const OuterOperands o(batch, grad_loss, logits, target, weight, max, sum, options);
   Tensor grad;
@@ -188,7 +188,7 @@ Tensor target_backward_batched(const Tensor& grad_loss, const Tensor& logits, co
 Tensor weight_backward_batched(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
                                const Tensor& weight, const Tensor&, const Tensor&, int64_t reduction,
                                double label_smoothing) {
-  return formulas::gradients(grad_loss, {}, logits, target, weight, {reduction, -100, label_smoothing})[2];
+  return formulas::weight_gradient(grad_loss, logits, target, weight, {reduction, -100, label_smoothing});
 }
 
 void scale__batched(Tensor& grad, const Tensor& factor) {

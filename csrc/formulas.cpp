@@ -148,32 +148,38 @@ Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& we
   return reduce(rows.squeeze(o.dim), logits, target, weight, options);
 }
 
-std::array<Tensor, 3> gradients(const Tensor& grad_loss, const Tensor& grad_lse, const Tensor& logits,
-                                const Tensor& target, const OptionalTensor& weight, const Options& options) {
+Tensor logits_gradient(const Tensor& grad_loss, const Tensor& grad_lse, const Tensor& logits, const Tensor& target,
+                       const OptionalTensor& weight, const Options& options) {
   const Operands o(logits, target, weight, options);
-  const Tensor log_p = log_probabilities(o.z, o.dim);
   const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
-
-  Tensor logits_grad = o.coefficients * log_p.exp();
-  logits_grad = g * (o.background.defined() ? logits_grad - o.background : logits_grad);
+  Tensor grad = o.coefficients * log_probabilities(o.z, o.dim).exp();
+  grad = g * (o.background.defined() ? grad - o.background : grad);
   if (o.index.defined()) {
-    logits_grad = logits_grad.scatter_add(o.dim, o.index, -(g * o.target_part).expand_as(o.index)) * o.kept;
+    grad = grad.scatter_add(o.dim, o.index, -(g * o.target_part).expand_as(o.index)) * o.kept;
   }
   if (grad_lse.defined()) {
-    logits_grad =
-        logits_grad + grad_lse.unsqueeze(o.dim) * log_probabilities(logits.to(o.z.scalar_type()), o.dim).exp();
+    grad = grad + grad_lse.unsqueeze(o.dim) * log_probabilities(logits.to(o.z.scalar_type()), o.dim).exp();
   }
-  std::array<Tensor, 3> result{logits_grad.to(logits.scalar_type())};
-  if (!o.index.defined()) {
-    result[1] = (-g * o.keep * o.w * log_p).to(target.scalar_type());
-    if (weight && weight->defined()) {
-      result[2] = sum_to_classes(-g * (o.keep * target.to(o.z.scalar_type()) + o.uniform) * log_p, *weight, o.dim);
-    }
-  }
-  return result;
+  return grad.to(logits.scalar_type());
 }
 
-// With G_c = g (A p_c − a_c) + h p_c, a the coefficients and A their sum, and v its upstream gradient.
+Tensor target_gradient(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                       const OptionalTensor& weight, const Options& options) {
+  const Operands o(logits, target, weight, options);
+  const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
+  return (-g * o.keep * o.w * log_probabilities(o.z, o.dim)).to(target.scalar_type());
+}
+
+Tensor weight_gradient(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& weight,
+                       const Options& options) {
+  const Operands o(logits, target, weight, options);
+  const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
+  const Tensor smoothed = o.keep * target.to(o.z.scalar_type()) + o.uniform;
+  return sum_to_classes(-g * smoothed * log_probabilities(o.z, o.dim), weight, o.dim);
+}
+
+// With logits_gradient() G_c = g (A p_c − a_c) + h p_c, a the coefficients and A their sum, and v its upstream
+// gradient.
 std::array<Tensor, 5> gradients_of_gradient(const Tensor& upstream, const Tensor& grad_loss, const Tensor& grad_lse,
                                             const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                             const Options& options) {

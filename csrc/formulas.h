@@ -1,5 +1,6 @@
-// The loss and its gradients written from torch's differentiable operators: what forward-mode AD and double backward
-// differentiate, and vmap where it has no other way. Plain forward and backward passes never come here.
+// The loss and its gradients written from torch's differentiable operators: for derivatives of gradients, tangents that
+// the kernels do not have, and what vmap and DTensors need beside a kernel. Forward and backward passes of plain
+// tensors never come here.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,12 +27,15 @@ at::Tensor upstream_of_rows(const at::Tensor& grad_loss, const at::Tensor& logit
 
 at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options&);
 
-// Of the logits, of probability targets and of the class weights; the last two undefined for class indices.
-// An undefined upstream gradient is 0.
-std::array<at::Tensor, 3> gradients(const at::Tensor& grad_loss, const at::Tensor& grad_lse, const at::Tensor& logits,
-                                    const at::Tensor& target, const OptionalTensor& weight, const Options&);
+// An undefined upstream gradient is 0. Targets and class weights have a gradient where the target is probabilities.
+at::Tensor logits_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse, const at::Tensor& logits,
+                           const at::Tensor& target, const OptionalTensor& weight, const Options&);
+at::Tensor target_gradient(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
+                           const OptionalTensor& weight, const Options&);
+at::Tensor weight_gradient(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
+                           const at::Tensor& weight, const Options&);
 
-// Of what gradients() gives for the logits, given its own upstream gradient: with respect to grad_loss, grad_lse, the
+// Of what logits_gradient() gives, given its own upstream gradient: with respect to grad_loss, grad_lse, the
 // logits, probability targets and the class weights.
 std::array<at::Tensor, 5> gradients_of_gradient(const at::Tensor& upstream, const at::Tensor& grad_loss,
                                                 const at::Tensor& grad_lse, const at::Tensor& logits,

@@ -115,7 +115,7 @@ def test_recompiles_no_more_than_torchs(sequence):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_compiled_results_are_the_eager_ones(reduction, dtype):
-    """To the bit, but for the rounding of a gradient that is scaled after it was rounded."""
+    """To the bit."""
     logits, target, weight = operands((7, 33), dtype=dtype, requires_grad=True)
     results = []
     for function in (cross_entropy.cross_entropy, torch.compile(cross_entropy.cross_entropy, fullgraph=True)):

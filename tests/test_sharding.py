@@ -11,8 +11,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from cross_entropy import cross_entropy
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory):

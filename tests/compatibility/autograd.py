@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from tests.compatibility.cells import INPLACE, Case, Run, accumulated, backward, upstream, way
+from tests.compatibility.cells import INPLACE, Case, Run, accumulated, backward, call, upstream, way
 
 ONCE = "after inplace=True there are no logits"
 
@@ -22,9 +22,7 @@ autograd("backward")(backward)
     raises={"inplace": ONCE, "inplace, none": "modified by an inplace operation"},
 )
 def twice(case: Case) -> Any:
-    leaves = case.leaves()
-    loss = case.f(*leaves)
-    wanted = [leaves[i] for i in case.differentiable]
+    loss, wanted = call(case)
     first = torch.autograd.grad(loss, wanted, upstream(loss), retain_graph=True)
     return first, torch.autograd.grad(loss, wanted, 2 * upstream(loss))
 
@@ -34,9 +32,7 @@ def twice(case: Case) -> Any:
     raises={"inplace": ONCE, "inplace, none": "inplace=True has no double backward"},
 )
 def double_backward(case: Case) -> Any:
-    leaves = case.leaves()
-    loss = case.f(*leaves)
-    wanted = [leaves[i] for i in case.differentiable]
+    loss, wanted = call(case)
     factor = upstream(loss).requires_grad_()
     grads = torch.autograd.grad(loss, wanted, factor, create_graph=True)
     return torch.autograd.grad(sum(g.square().sum() for g in grads), [*wanted, factor])
@@ -60,10 +56,9 @@ def forward_mode(case: Case) -> Any:
 
 @autograd("is_grads_batched", without=INPLACE)
 def batched_upstream(case: Case) -> Any:
-    leaves = case.leaves()
-    loss = case.f(*leaves)
+    loss, wanted = call(case)
     factors = torch.stack([upstream(loss), -2 * upstream(loss)])
-    return torch.autograd.grad(loss, [leaves[i] for i in case.differentiable], factors, is_grads_batched=True)
+    return torch.autograd.grad(loss, wanted, factors, is_grads_batched=True)
 
 
 def checkpointed(use_reentrant: bool) -> Run:

@@ -127,19 +127,23 @@ def scalar(f: Function) -> Function:
     return total
 
 
+def call(case: Case) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and the leaves that it has gradients for."""
+    leaves = case.leaves()
+    return case.f(*leaves), [leaves[i] for i in case.differentiable]
+
+
 def backward(case: Case) -> list[Tensor]:
     """The loss and its gradients, by torch.autograd.grad."""
-    leaves = case.leaves()
-    loss = case.f(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, [leaves[i] for i in case.differentiable], upstream(loss))]
+    loss, wanted = call(case)
+    return [loss.detach(), *torch.autograd.grad(loss, wanted, upstream(loss))]
 
 
 def accumulated(case: Case) -> list[Tensor]:
     """The same by loss.backward()."""
-    leaves = case.leaves()
-    loss = case.f(*leaves)
+    loss, wanted = call(case)
     loss.backward(upstream(loss))
-    return [loss.detach(), *(leaves[i].grad for i in case.differentiable)]
+    return [loss.detach(), *(leaf.grad for leaf in wanted)]
 
 
 class Model(torch.nn.Module):
