@@ -21,7 +21,7 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
     inputs = Logits.of(case)
     target, grad = inputs.target, torch.empty_like(inputs.copies[0])
     options = (MEAN, -100, 0.0)
-    _, maximum, total, _ = operators.forward(inputs.copies[0], target, None, *options, None)
+    _, maximum, total, _ = operators.forward(inputs.copies[0], target, None, *options)
     upstream = torch.ones((), device=case.device, dtype=inputs.copies[0].dtype)
     eager = on_torch(F.cross_entropy, inputs).operations
 
@@ -30,9 +30,9 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
 
     operations = {
         "copy": on_logits(grad.copy_),
-        "forward": on_logits(lambda x: operators.loss(x, target, None, *options, None)),
-        "forward with gradient": on_logits(lambda x: operators.forward_grad(x, target, None, *options, None)),
-        "backward": on_logits(lambda x: operators.backward(upstream, None, x, target, None, maximum, total, *options)),
+        "forward": on_logits(lambda x: operators.loss(x, target, None, *options)),
+        "forward with gradient": on_logits(lambda x: operators.forward_grad(x, target, None, *options)),
+        "backward": on_logits(lambda x: operators.backward(upstream, None, maximum, total, x, target, None, *options)),
         "torch forward": eager["forward"],
         "torch forward + backward": eager["both"],
     }

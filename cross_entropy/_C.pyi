@@ -9,6 +9,25 @@ def cross_entropy(
     label_smoothing: float,
     inplace: bool,
 ) -> Tensor: ...
+def cross_entropy_with_options(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    inplace: bool,
+    full_precision: bool,
+    row_weight: Tensor | None,
+    logit_scale_tensor: Tensor | None,
+    divisor_tensor: Tensor | None,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    divisor: float | None,
+    valid_classes: int | None,
+    zero_if_empty: bool,
+) -> Tensor: ...
 def row_stats(
     logits: Tensor,
     target: Tensor,

@@ -1,6 +1,6 @@
 """The functions of the package: argument forms around the compiled operators."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cross_entropy import _C
+from cross_entropy.options import Call, CallOptions, shows_options
 
 __all__ = ["RowStats", "check_errors", "cross_entropy", "row_stats"]
 
@@ -35,6 +36,7 @@ def _prepare_for(logits: Tensor) -> None:
         import cross_entropy.sharding  # noqa: F401
 
 
+@shows_options
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -46,12 +48,13 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     inplace: bool = False,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     r"""Cross-entropy between logits and targets: a drop-in for :func:`torch.nn.functional.cross_entropy`.
 
     With logits :math:`z`, coefficients :math:`a_c = w_c\,((1-\varepsilon)\,q_c + \varepsilon/C)` and
     :math:`q` the target's probabilities (1 at a class index), a row's loss is
-    :math:`\sum_c a_c\,(\ln \sum_k e^{z_k} - z_c)`.
+    :math:`\sum_c a_c\,(\ln \sum_k e^{z_k} - z_c)`. The options behind `inplace` are this package's own.
 
     The logits are read once. If they need a gradient and the reduction is ``"mean"`` or ``"sum"``, it is computed
     in the same pass (float16 excepted: its range cannot hold a gradient before the loss scale is known).
@@ -73,12 +76,31 @@ def cross_entropy(
             call (float16, or ``reduction="none"``: after the backward pass). What needs the logits later in a
             backward pass raises an error; a second backward pass is not possible. Without a gradient to compute, and
             inside transforms of torch.func, the logits are left alone.
+        class_dim: -1 for input of shape (…, C) with its classes last; index targets then have the shape (…), or are
+            flat. By default torch's rule: dimension 1, or 0 of (C).
+        valid_classes: how many of the C classes there are; the other columns are padding. They are not read, their
+            gradient is 0, and label smoothing leaves them out. `weight` may be of the valid classes only.
+        logit_scale: :math:`s` in :math:`z = s x`, with :math:`x` the input: an inverse temperature. A number, or a
+            tensor of shape (), which may require a gradient.
+        softcap: :math:`k > 0` in :math:`z = k \tanh(s x / k)`.
+        z_loss: :math:`\zeta \ge 0`, which adds :math:`\zeta\,(\ln \sum_k e^{z_k})^2` to the loss of each kept row,
+            whatever its class weight.
+        row_weight: :math:`r` of each row, in the shape of the loss without a reduction; any floating point dtype. It
+            multiplies the row's loss, z-loss included, and its part in what the mean divides by. It may require a
+            gradient; then that of the logits is left to the backward pass.
+        divisor: what the mean divides by instead, such as the number of tokens of all batches whose gradients are
+            accumulated: a positive number, or a tensor of shape (), which on the GPU is not waited for. It is taken
+            for constant.
+        empty: what the mean of nothing is, where all rows are ignored or their weights are 0: ``"nan"`` as in torch,
+            or ``"zero"``, with a gradient of 0.
+        loss_dtype: ``torch.float32`` for a loss of half-type logits that is not rounded to their type.
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor of the target's shape without classes; in the input's dtype.
 
     Raises:
         IndexError: a class index is out of bounds. On CUDA it is raised later, see :func:`check_errors`.
+        ValueError: an option out of its range, or one that contradicts another.
         ValueError, RuntimeError, TypeError, NotImplementedError: as torch's function for the same mistake;
             NotImplementedError for DTensor logits that are sharded over their classes. Sharded over rows, they give a
             DTensor loss: a partial sum, or with ``reduction="none"`` sharded as the rows.
@@ -99,12 +121,15 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
             inplace=inplace,
+            **options,
         )
     if type(input) is not Tensor:
         _prepare_for(input)
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     number = _Reduction.get_enum(reduction)
+    if options:
+        return Call(input, target, number, options).run(weight, ignore_index, label_smoothing, inplace)
     if is_compiling():
         operators = torch.ops.cross_entropy
         operator = operators.cross_entropy_ if inplace else operators.cross_entropy

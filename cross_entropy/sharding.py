@@ -19,7 +19,12 @@ MIXED = (
     "cross_entropy: got mixed torch.Tensor and DTensor, need to convert all torch.Tensor to DTensor before calling "
     "distributed operators!"
 )
+INPUTS = [argument.name for argument in OPERATORS.loss.default._schema.arguments]
 Placements = list[Placement]
+
+
+def on_meta(value: Any) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
 
 
 class Sharding:
@@ -65,57 +70,45 @@ class Sharding:
 
 
 class Call:
-    """The operands of one call on this rank's rows. The mean is a sum, divided by what all ranks' rows come to."""
+    """One call on this rank's rows. The mean divides by what all ranks' rows come to."""
 
-    def __init__(self, operator: Any, args: tuple[Any, ...]) -> None:
-        given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=True))
-        logits, target, weight = given["logits"], given["target"], given["weight"]
+    def __init__(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parameters = operator._schema.arguments
+        given = {parameter.name: parameter.default_value for parameter in parameters}
+        given |= dict(zip(given, args, strict=False)) | kwargs
+        logits, target, self.reduction = given["logits"], given["target"], given["reduction"]
         if not isinstance(logits, DTensor):
             raise RuntimeError(MIXED)
         self.whole_logits = logits
         self.sharding = sharding = Sharding(logits)
         accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.loss_dtype = accumulator if given.get("full_precision") else logits.dtype
-        self.reduction, self.label_smoothing = given["reduction"], given["label_smoothing"]
-        self.ignore_index = given.get("ignore_index", -100)
-        if "full_precision" in given:  # What is wrong with the shapes shows in those of the whole, and on all ranks.
-            whole = (
-                t if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (logits, target, weight)
-            )
-            OPERATORS.loss(*whole, self.reduction, self.ignore_index, self.label_smoothing, given["full_precision"])
+        self.loss_dtype = accumulator if given["full_precision"] else logits.dtype
+        inputs = {name: given[name] for name in INPUTS}
+        if "grad_loss" not in given:  # What is wrong with the shapes shows in those of the whole, and on all ranks.
+            OPERATORS.loss(**{name: on_meta(value) for name, value in inputs.items()})
         row_like = sharding.logits if target.shape == logits.shape else sharding.rows
-        self.operands = (
-            sharding.local(logits, sharding.logits),
-            sharding.local(target, row_like),
-            sharding.local(weight, sharding.one),
-        )
-        self.max, self.sum, self.grad_lse = (
-            sharding.local(given.get(name), sharding.rows) for name in ("max", "sum", "grad_lse")
-        )
-        upstream = sharding.rows if self.reduction == NONE else sharding.one
-        self.grad_loss = sharding.local(given.get("grad_loss"), upstream)
-        self.divisor: Tensor | None = None
-        if self.reduction == MEAN:
-            share = OPERATORS.divisor(*self.operands, self.ignore_index)
+        placements = {"logits": sharding.logits, "target": row_like, "row_weight": sharding.rows}
+        self.inputs = {
+            name: sharding.local(value, placements.get(name, sharding.one)) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        self.inputs["full_precision"] = True
+        self.scale_is_distributed = isinstance(given["logit_scale_tensor"], DTensor)
+        if self.reduction == MEAN and given["divisor"] is None and given["divisor_tensor"] is None:
+            # Each rank's own divisor may be 0.
+            share = OPERATORS.divisor(**{**self.inputs, "zero_if_empty": False})
             divisor = sharding.local(sharding.whole(share, sharding.total, share.shape, ()), sharding.one)
-            self.divisor = divisor
-            self.reduction = SUM
-            if self.grad_loss is not None:
-                self.grad_loss = self.grad_loss / divisor
-
-    @property
-    def options(self) -> tuple[int, int, float]:
-        return self.reduction, self.ignore_index, self.label_smoothing
-
-    @property
-    def forward_options(self) -> tuple[Any, ...]:
-        return *self.options, True
+            if given["zero_if_empty"]:
+                divisor = divisor.masked_fill(divisor == 0, torch.inf)
+            self.inputs["divisor_tensor"] = divisor
+        rows = {name: sharding.local(given.get(name), sharding.rows) for name in ("grad_lse", "max", "sum")}
+        upstream = sharding.rows if self.reduction == NONE else sharding.one
+        self.backward_inputs = {"grad_loss": sharding.local(given.get("grad_loss"), upstream), **rows}
 
     def whole_loss(self, loss: Tensor) -> DTensor:
         if self.reduction == NONE:
             return self.whole_rows(loss.to(self.loss_dtype))
-        total = loss if self.divisor is None else loss / self.divisor
-        return self.sharding.whole(total.to(self.loss_dtype), self.sharding.total, total.shape, ())
+        return self.sharding.whole(loss.to(self.loss_dtype), self.sharding.total, loss.shape, ())
 
     def whole_rows(self, rows: Tensor) -> DTensor:
         classes = self.sharding.class_dim
@@ -125,72 +118,75 @@ class Call:
     def whole_grad(self, grad: Tensor) -> DTensor:
         return self.sharding.whole(grad, self.sharding.logits, self.whole_logits.shape, self.whole_logits.stride())
 
-
-def logits_to_overwrite(call: Call) -> Tensor:
-    if list(call.whole_logits.placements) != call.sharding.logits:
-        raise RuntimeError("cross_entropy: inplace=True needs DTensor logits that are replicated or sharded over rows")
-    return call.operands[0]
+    def check_overwritable(self) -> None:
+        if list(self.whole_logits.placements) != self.sharding.logits:
+            raise RuntimeError(
+                "cross_entropy: inplace=True needs DTensor logits that are replicated or sharded over rows"
+            )
 
 
 def loss(call: Call) -> DTensor:
-    return call.whole_loss(OPERATORS.loss(*call.operands, *call.forward_options))
+    return call.whole_loss(OPERATORS.loss(**call.inputs))
 
 
 def forward(call: Call) -> tuple[DTensor, ...]:
-    loss, *rows = OPERATORS.forward(*call.operands, *call.forward_options)
+    loss, *rows = OPERATORS.forward(**call.inputs)
     return call.whole_loss(loss), *map(call.whole_rows, rows)
 
 
 def forward_grad(call: Call) -> tuple[DTensor, DTensor]:
-    if call.divisor is None:
-        loss, grad = OPERATORS.forward_grad(*call.operands, *call.forward_options)
-        return call.whole_loss(loss), call.whole_grad(grad)
-    loss, row_max, row_sum, _ = OPERATORS.forward(*call.operands, *call.forward_options)
-    grad = OPERATORS.backward(call.divisor.reciprocal(), None, *call.operands, row_max, row_sum, *call.options)
+    loss, grad = OPERATORS.forward_grad(**call.inputs)
     return call.whole_loss(loss), call.whole_grad(grad)
 
 
 def forward_grad_(call: Call) -> DTensor:
-    logits, (_, target, weight) = logits_to_overwrite(call), call.operands
-    if call.divisor is None:
-        return call.whole_loss(OPERATORS.forward_grad_(logits, target, weight, *call.forward_options))
-    loss, row_max, row_sum, _ = OPERATORS.forward(logits, target, weight, *call.forward_options)
-    OPERATORS.backward_(logits, call.divisor.reciprocal(), target, weight, row_max, row_sum, *call.options)
-    return call.whole_loss(loss)
+    call.check_overwritable()
+    return call.whole_loss(OPERATORS.forward_grad_(**call.inputs))
 
 
 def backward(call: Call) -> DTensor:
-    rows = call.max, call.sum
-    return call.whole_grad(OPERATORS.backward(call.grad_loss, call.grad_lse, *call.operands, *rows, *call.options))
+    return call.whole_grad(OPERATORS.backward(**call.backward_inputs, **call.inputs))
 
 
 def backward_(call: Call) -> None:
-    logits, (_, target, weight) = logits_to_overwrite(call), call.operands
-    OPERATORS.backward_(logits, call.grad_loss, target, weight, call.max, call.sum, *call.options)
+    call.check_overwritable()
+    OPERATORS.backward_(**call.backward_inputs, **call.inputs)
 
 
 def target_backward(call: Call) -> DTensor:
-    rows = call.max, call.sum
-    return call.whole_grad(
-        OPERATORS.target_backward(call.grad_loss, *call.operands, *rows, call.reduction, call.label_smoothing)
-    )
+    return call.whole_grad(OPERATORS.target_backward(**call.backward_inputs, **call.inputs))
 
 
 def weight_backward(call: Call) -> DTensor:
-    rows = call.max, call.sum
-    grad = OPERATORS.weight_backward(call.grad_loss, *call.operands, *rows, call.reduction, call.label_smoothing)
+    grad = OPERATORS.weight_backward(**call.backward_inputs, **call.inputs)
     return call.sharding.whole(grad, call.sharding.total, grad.shape, grad.stride())
+
+
+def logit_scale_backward(call: Call) -> Tensor:
+    grad = OPERATORS.logit_scale_backward(**call.backward_inputs, **call.inputs)
+    whole = call.sharding.whole(grad, call.sharding.total, grad.shape, ())
+    return whole if call.scale_is_distributed else whole.full_tensor()
 
 
 def register(rule: Callable[[Call], Any]) -> None:
     def on_dtensors(cls: type, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad():
-            return rule(Call(operator, args))
+            return rule(Call(operator, args, kwargs))
 
     torch.library.register_torch_dispatch(f"cross_entropy::{rule.__name__}", DTensor, on_dtensors)
 
 
-for rule in (loss, forward, forward_grad, forward_grad_, backward, backward_, target_backward, weight_backward):
+for rule in (
+    loss,
+    forward,
+    forward_grad,
+    forward_grad_,
+    backward,
+    backward_,
+    target_backward,
+    weight_backward,
+    logit_scale_backward,
+):
     register(rule)
 
 

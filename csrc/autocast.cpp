@@ -4,7 +4,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "ops.h"
+#include "arguments.h"
 
 namespace ce {
 namespace {
@@ -17,24 +17,28 @@ struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard;
 };
 
-template <c10::DeviceType kDevice>
-Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-            c10::SymInt ignore_index, double label_smoothing, bool) {
-  const NoAutocast guard(kDevice);
-  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, /*full_precision=*/true});
+Inputs in_full_precision(const Inputs& in) {
+  Options options = in.options;
+  options.full_precision = true;
+  return in.with(options);
 }
 
 template <c10::DeviceType kDevice>
-Tensor inplace_loss(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                    c10::SymInt ignore_index, double label_smoothing, bool) {
+Tensor loss(const Inputs& in) {
   const NoAutocast guard(kDevice);
-  return cross_entropy_(logits, target, weight, reduction, ignore_index, label_smoothing, /*full_precision=*/true);
+  return op::loss(in_full_precision(in));
+}
+
+template <c10::DeviceType kDevice>
+Tensor inplace_loss(const Inputs& in) {
+  const NoAutocast guard(kDevice);
+  return cross_entropy_(in_full_precision(in));
 }
 
 template <c10::DeviceType kDevice>
 void add_to(torch::Library& m) {
-  m.impl("loss", &loss<kDevice>);
-  m.impl("cross_entropy_", &inplace_loss<kDevice>);
+  m.impl("loss", &unpacked<&loss<kDevice>>);
+  m.impl("cross_entropy_", &unpacked<&inplace_loss<kDevice>>);
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Reduction.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
@@ -12,9 +12,9 @@
 #include <array>
 #include <utility>
 
+#include "arguments.h"
 #include "checks.h"
 #include "formulas.h"
-#include "ops.h"
 #include "problem.h"
 
 namespace ce {
@@ -53,22 +53,33 @@ bool has_tangent(const OptionalTensor& tensor) {
 }
 
 template <typename... Tensors>
-bool any_has_tangent(const Tensors&... tensors) {
-  return (has_tangent(tensors) || ...);
-}
-template <typename... Tensors>
 bool needs_graph(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
 template <typename... Tensors>
 bool is_differentiated(const Tensors&... tensors) {
-  return needs_graph(tensors...) || any_has_tangent(tensors...);
+  return needs_graph(tensors...) || (has_tangent(tensors) || ...);
+}
+
+bool any_has_tangent(const Inputs& in) {
+  return has_tangent(in.logits) || has_tangent(in.target) || has_tangent(in.weight) || has_tangent(in.row_weight) ||
+         has_tangent(in.logit_scale);
+}
+bool needs_graph(const Inputs& in) {
+  return needs_graph(in.logits, in.target, in.weight, in.row_weight, in.logit_scale);
 }
 
 // Inside a transform of torch.func, which may differentiate what is computed from the tensor any number of times.
 bool is_transformed(const Tensor& tensor) {
   return tensor.key_set().has_any(c10::DispatchKeySet(
       {c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched}));
+}
+bool is_transformed(const OptionalTensor& tensor) {
+  return tensor && is_transformed(*tensor);
+}
+bool is_transformed(const Inputs& in) {
+  return is_transformed(in.logits) || is_transformed(in.target) || is_transformed(in.weight) ||
+         is_transformed(in.row_weight) || is_transformed(in.logit_scale);
 }
 
 // Not where only the factor is batched, a subclass, or has a tangent.
@@ -80,28 +91,69 @@ bool scales_in_place(const Tensor& scaled, const Tensor& factor) {
 Tensor or_undefined(const OptionalTensor& tensor) {
   return tensor ? *tensor : Tensor();
 }
+OptionalTensor if_defined(Tensor tensor) {
+  return tensor.defined() ? OptionalTensor(std::move(tensor)) : std::nullopt;
+}
+
+// The inputs of a call, kept for its backward pass.
+struct SavedInputs {
+  Options options{};
+  SavedVariable logits, target, weight, row_weight, logit_scale, divisor;
+
+  auto variables() { return std::array{&logits, &target, &weight, &row_weight, &logit_scale, &divisor}; }
+
+  void save(const Inputs& in) {
+    options = in.options;
+    logits = SavedVariable(in.logits, /*is_output=*/false);
+    target = SavedVariable(in.target, false);
+    weight = SavedVariable(or_undefined(in.weight), false);
+    if (!in.is_plain()) {
+      row_weight = SavedVariable(or_undefined(in.row_weight), false);
+      logit_scale = SavedVariable(or_undefined(in.logit_scale), false);
+      divisor = SavedVariable(or_undefined(in.divisor), false);
+    }
+  }
+};
+
+struct UnpackedInputs {
+  Options options;
+  Tensor logits, target;
+  OptionalTensor weight, row_weight, logit_scale, divisor;
+
+  explicit UnpackedInputs(const SavedInputs& saved)
+      : options(saved.options),
+        logits(saved.logits.unpack()),
+        target(saved.target.unpack()),
+        weight(if_defined(saved.weight.unpack())),
+        row_weight(if_defined(saved.row_weight.unpack())),
+        logit_scale(if_defined(saved.logit_scale.unpack())),
+        divisor(if_defined(saved.divisor.unpack())) {}
+
+  Inputs inputs() const { return {logits, target, weight, options, row_weight, logit_scale, divisor}; }
+};
 
 // Of the gradient of the logits.
 struct GradientBackward : Node {
-  Options options{};
-  SavedVariable grad_loss, grad_lse, logits, target, weight;
+  SavedInputs saved;
+  SavedVariable grad_loss, grad_lse;
 
   std::string name() const override { return "CrossEntropyBackwardBackward"; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* variable : {&grad_loss, &grad_lse, &logits, &target, &weight}) {
+    for (SavedVariable* variable : saved.variables()) {
       variable->reset_data();
     }
+    grad_loss.reset_data();
+    grad_lse.reset_data();
   }
 
   variable_list apply(variable_list&& inputs) override {
     std::lock_guard<std::mutex> lock(mutex_);
     variable_list outputs(num_outputs());
     if (inputs[0].defined()) {
-      const OptionalTensor w = weight.unpack();
-      auto grads = formulas::gradients_of_gradient(inputs[0], grad_loss.unpack(), grad_lse.unpack(), logits.unpack(),
-                                                   target.unpack(), w, options);
+      const UnpackedInputs in(saved);
+      auto grads = formulas::gradients_of_gradient(inputs[0], grad_loss.unpack(), grad_lse.unpack(), in.inputs());
       for (const auto i : c10::irange(num_outputs())) {
         if (task_should_compute_output(i)) {
           outputs[i] = std::move(grads[i]);
@@ -113,18 +165,15 @@ struct GradientBackward : Node {
 };
 
 // Gives the gradient of the logits that a kernel has computed its own backward pass.
-Tensor with_graph(Tensor grad, const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
-                  const Tensor& target, const OptionalTensor& weight, const Options& options) {
-  if (needs_graph(grad_loss, grad_lse, logits, target, weight)) {
+Tensor with_graph(Tensor grad, const Tensor& grad_loss, const OptionalTensor& grad_lse, const Inputs& in) {
+  if (needs_graph(grad_loss, grad_lse, in.logits, in.target, in.weight)) {
     auto node = make_node<GradientBackward>();
-    const Tensor g_lse = or_undefined(grad_lse), w = or_undefined(weight);
-    node->options = options;
-    node->set_next_edges(torch::autograd::collect_next_edges(grad_loss, g_lse, logits, target, w));
+    const Tensor g_lse = or_undefined(grad_lse);
+    node->set_next_edges(
+        torch::autograd::collect_next_edges(grad_loss, g_lse, in.logits, in.target, or_undefined(in.weight)));
     node->grad_loss = SavedVariable(grad_loss, /*is_output=*/false);
     node->grad_lse = SavedVariable(g_lse, false);
-    node->logits = SavedVariable(logits, false);
-    node->target = SavedVariable(target, false);
-    node->weight = SavedVariable(w, false);
+    node->saved.save(in);
     torch::autograd::set_history(grad, node);
   }
   return grad;
@@ -132,10 +181,9 @@ Tensor with_graph(Tensor grad, const Tensor& grad_loss, const OptionalTensor& gr
 
 // Of the loss (input 0 of the node) and, for row_stats, of each row's lse (input 1).
 struct LossBackward : Node {
-  enum Output { kLogits, kTarget, kWeight };
+  enum Output { kLogits, kTarget, kWeight, kLogitScale };
 
-  Options options{};
-  SavedVariable logits, target, weight;
+  SavedInputs saved;
   SavedVariable max, sum;          // where the gradient is left to the backward pass
   Tensor grad;                     // where the forward pass has computed it, for an upstream gradient of 1
   bool replaces_logits = false;    // that gradient is in their memory; or
@@ -143,39 +191,50 @@ struct LossBackward : Node {
 
   std::string name() const override { return "CrossEntropyBackward"; }
 
-  auto saved_variables() { return std::array{&logits, &target, &weight, &max, &sum}; }
+  template <typename F>
+  void for_each_variable(F&& f) {
+    for (SavedVariable* variable : saved.variables()) {
+      f(*variable);
+    }
+    f(max);
+    f(sum);
+  }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* variable : saved_variables()) {
-      variable->reset_data();
-    }
+    for_each_variable([](SavedVariable& variable) { variable.reset_data(); });
     grad.reset();
   }
 
   // Compiled autograd traces the backward pass with stand-ins for what was saved.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    const Options& options = saved.options;
+    const auto collect_optional = [&](const auto& option, auto value) {
+      args.collect(option.has_value());
+      args.collect(value);
+    };
     args.collect(options.reduction);
     args.collect(options.ignore_index.guard_int(__FILE__, __LINE__));
     args.collect(options.label_smoothing);
+    args.collect(options.z_loss);
+    collect_optional(options.softcap, options.softcap.value_or(0));
+    args.collect(options.logit_scale);
+    collect_optional(options.divisor, options.divisor.value_or(0));
+    collect_optional(options.valid_classes, options.valid_classes.value_or(0).guard_int(__FILE__, __LINE__));
+    args.collect(options.zero_if_empty);
     args.collect(overwrites_logits);
-    for (const SavedVariable* variable : const_cast<LossBackward*>(this)->saved_variables()) {
-      args.collect(*variable, /*is_output=*/false);
-    }
+    const_cast<LossBackward*>(this)->for_each_variable(
+        [&](SavedVariable& variable) { args.collect(variable, /*is_output=*/false); });
   }
 
   variable_list apply_with_saved(const variable_list& inputs,
-                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
+                                 torch::dynamo::autograd::SwapSavedVariables& stand_ins) override {
     TORCH_CHECK_NOT_IMPLEMENTED(!replaces_logits, "cross_entropy: inplace=True does not work with compiled autograd");
-    for (SavedVariable* variable : saved_variables()) {
-      saved.before(*variable);
-    }
+    for_each_variable([&](SavedVariable& variable) { stand_ins.before(variable); });
     const Tensor kept = std::exchange(grad, {});  // the inputs of the trace have no shape that it could be scaled by
     variable_list outputs = apply(variable_list(inputs));
     grad = kept;
-    for (SavedVariable* variable : saved_variables()) {
-      saved.after(*variable);
-    }
+    for_each_variable([&](SavedVariable& variable) { stand_ins.after(variable); });
     return outputs;
   }
 
@@ -183,12 +242,12 @@ struct LossBackward : Node {
     std::lock_guard<std::mutex> lock(mutex_);
     variable_list outputs(num_outputs());
     const Tensor grad_loss = inputs[0];
-    const Tensor grad_lse = inputs.size() > 1 ? inputs[1] : Tensor();
-    if (!grad_loss.defined() && !grad_lse.defined()) {
+    const OptionalTensor grad_lse = inputs.size() > 1 ? if_defined(inputs[1]) : std::nullopt;
+    if (!grad_loss.defined() && !grad_lse) {
       return outputs;
     }
     const bool create_graph = at::GradMode::is_enabled();
-    if (grad.defined() && !(create_graph && (replaces_logits || has_tangent(grad_loss)))) {
+    if (grad.defined() && !(create_graph && (replaces_logits || has_tangent(grad_loss) || !is_plain()))) {
       outputs[kLogits] = take_grad(grad_loss, create_graph);
       return outputs;
     }
@@ -197,36 +256,44 @@ struct LossBackward : Node {
         "cross_entropy: after inplace=True there are no logits from which a gradient could be computed a second "
         "time, or differentiated");
     TORCH_CHECK(!create_graph || !overwrites_logits, "cross_entropy: inplace=True has no double backward");
-    const Tensor x = logits.unpack();
-    const Tensor q = target.unpack();
-    const OptionalTensor w = weight.unpack();
+    const UnpackedInputs unpacked(saved);
+    const Inputs in = unpacked.inputs();
+    if (!in.is_plain() && (create_graph || has_tangent(grad_loss))) {
+      return differentiable_gradients(in, grad_loss);
+    }
     Tensor row_max = max.unpack();
     Tensor row_sum = sum.unpack();
     if (!row_max.defined()) {
       const at::NoGradGuard no_graph;
-      std::tie(std::ignore, row_max, row_sum, std::ignore) = op::forward(x, q, w, options);
+      std::tie(std::ignore, row_max, row_sum, std::ignore) = op::forward(in);
     }
     const Tensor upstream = grad_loss.defined() ? grad_loss : at::zeros({}, row_max.options());
+    const BackwardInputs b{upstream, grad_lse, row_max, row_sum};
     if (task_should_compute_output(kTarget)) {
-      outputs[kTarget] = op::target_backward(upstream, x, q, w, row_max, row_sum, options);
+      outputs[kTarget] = op::target_backward(b, in);
     }
     if (task_should_compute_output(kWeight)) {
-      outputs[kWeight] = op::weight_backward(upstream, x, q, *w, row_max, row_sum, options);
+      outputs[kWeight] = op::weight_backward(b, in);
+    }
+    if (task_should_compute_output(kLogitScale)) {
+      outputs[kLogitScale] = op::logit_scale_backward(b, in);
     }
     if (task_should_compute_output(kLogits)) {
       if (overwrites_logits) {
-        const Tensor overwritten = x.detach();
-        op::backward_(overwritten, upstream, q, w, row_max, row_sum, options);
-        torch::autograd::impl::bump_version(x);
+        const Tensor overwritten = in.logits.detach();
+        op::backward_(b, {overwritten, in.target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor});
+        torch::autograd::impl::bump_version(in.logits);
         outputs[kLogits] = overwritten;
       } else {
-        outputs[kLogits] = op::backward(upstream, grad_lse, x, q, w, row_max, row_sum, options);
+        outputs[kLogits] = op::backward(b, in);
       }
     }
     return outputs;
   }
 
  private:
+  bool is_plain() const { return UnpackedInputs(saved).inputs().is_plain(); }
+
   // What the forward pass has computed. Handed out once: what the engine has got is never written to again.
   Tensor take_grad(const Tensor& grad_loss, bool create_graph) {
     Tensor result = std::move(grad);
@@ -240,9 +307,28 @@ struct LossBackward : Node {
       result = (result * grad_loss).to(result.scalar_type());
     }
     guard.reset();
-    return create_graph ? with_graph(result, grad_loss, std::nullopt, logits.unpack(), target.unpack(),
-                                     OptionalTensor(weight.unpack()), options)
-                        : result;
+    return create_graph ? with_graph(result, grad_loss, std::nullopt, UnpackedInputs(saved).inputs()) : result;
+  }
+
+  // By torch's own derivatives of the formula.
+  variable_list differentiable_gradients(const Inputs& in, const Tensor& grad_loss) {
+    variable_list outputs(num_outputs()), wanted;
+    const std::array<Tensor, 4> operands{in.logits, in.target, or_undefined(in.weight), or_undefined(in.logit_scale)};
+    for (const auto i : c10::irange(num_outputs())) {
+      if (task_should_compute_output(i)) {
+        wanted.push_back(operands[i]);
+      }
+    }
+    const at::AutoGradMode grad_mode(true);
+    variable_list grads = torch::autograd::grad({formulas::loss(in)}, wanted, {grad_loss}, /*retain_graph=*/true,
+                                                /*create_graph=*/true);
+    size_t next = 0;
+    for (const auto i : c10::irange(num_outputs())) {
+      if (task_should_compute_output(i)) {
+        outputs[i] = std::move(grads[next++]);
+      }
+    }
+    return outputs;
   }
 };
 
@@ -258,22 +344,17 @@ struct OverwrittenLogits : Node {
 
 // The forward pass has to leave the gradient in a dtype that holds it before the upstream gradient is known. Float16
 // does not: gradients of 1e-8 that a loss scale of 65536 is about to rescue would be lost.
-bool computes_grad_in_forward(const Tensor& logits, const Options& options) {
-  return options.reduction != at::Reduction::None && logits.scalar_type() != at::kHalf;
+bool computes_grad_in_forward(const Inputs& in) {
+  return in.options.reduction != at::Reduction::None && in.logits.scalar_type() != at::kHalf &&
+         !in.target.requires_grad() && !requires_grad(in.weight) && !requires_grad(in.logit_scale);
 }
 
-auto make_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options) {
+auto make_backward(const Inputs& in) {
   auto node = make_node<LossBackward>();
-  node->options = options;
-  node->set_next_edges(torch::autograd::collect_next_edges(logits, target, or_undefined(weight)));
+  node->saved.options = in.options;
+  node->set_next_edges(
+      torch::autograd::collect_next_edges(in.logits, in.target, or_undefined(in.weight), or_undefined(in.logit_scale)));
   return node;
-}
-
-template <typename NodeType>
-void save_inputs(NodeType& node, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
-  node->logits = SavedVariable(logits, /*is_output=*/false);
-  node->target = SavedVariable(target, false);
-  node->weight = SavedVariable(or_undefined(weight), false);
 }
 
 template <typename NodeType>
@@ -282,24 +363,23 @@ void save_rows(NodeType& node, const Tensor& max, const Tensor& sum) {
   node->sum = SavedVariable(sum, false);
 }
 
-void check_index_weight(const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
-  TORCH_CHECK(is_probabilities(logits, target) || !requires_grad(weight) || !at::GradMode::is_enabled(),
+void check_index_weight(const Inputs& in) {
+  TORCH_CHECK(is_probabilities(in) || !requires_grad(in.weight) || !at::GradMode::is_enabled(),
               "The function 'cross_entropy' is not differentiable with respect to argument 'weight' for class indices. "
               "This input cannot have requires_grad True.");
 }
 
 // The forward pass that leaves the gradient to the backward pass, and all of its results.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_graph(const Tensor& logits, const Tensor& target,
-                                                              const OptionalTensor& weight, const Options& options) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_graph(const Inputs& in) {
   Tensor loss, max, sum, lse;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, max, sum, lse) = op::forward(logits, target, weight, options);
+    std::tie(loss, max, sum, lse) = op::forward(in);
   }
-  if (needs_graph(logits, target, weight)) {
-    auto node = make_backward(logits, target, weight, options);
+  if (needs_graph(in)) {
+    auto node = make_backward(in);
     save_rows(node, max, sum);
-    save_inputs(node, logits, target, weight);
+    node->saved.save(in);
     torch::autograd::set_history(loss, node);
     torch::autograd::set_history(lse, node);
   }
@@ -307,75 +387,95 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_graph(const Tensor& logi
 }
 
 // With the tangent that its logits give the loss: the gradient of each row's loss times the row's tangent.
-Tensor loss_with_tangent(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                         const Options& options) {
-  const auto [loss, max, sum, lse] = forward_with_graph(logits, target, weight, options);
-  const Tensor x = logits._fw_primal(/*level=*/0);
-  Options of_rows = options;
+Tensor loss_with_tangent(const Inputs& in) {
+  const auto [loss, max, sum, lse] = forward_with_graph(in);
+  const Tensor x = in.logits._fw_primal(/*level=*/0);
+  Options of_rows = in.options;
   of_rows.reduction = at::Reduction::None;
-  const Tensor grad = op::backward(at::ones_like(max), std::nullopt, x, target, weight, max, sum, of_rows);
-  const Tensor tangents = (grad * logits._fw_grad(0)).sum(class_dim(logits), /*keepdim=*/false, max.scalar_type());
-  loss._set_fw_grad(formulas::reduce(tangents, x, target, weight, options), /*level=*/0, /*is_inplace_op=*/false);
+  const Inputs primal{x, in.target, in.weight, in.options};
+  const Tensor grad = op::backward({at::ones_like(max), kNoTensor, max, sum}, primal.with(of_rows));
+  const Tensor tangents =
+      (grad * in.logits._fw_grad(0)).sum(class_dim(in.logits), /*keepdim=*/false, max.scalar_type());
+  loss._set_fw_grad(formulas::reduce(tangents, primal), /*level=*/0, /*is_inplace_op=*/false);
   return loss;
 }
 
-Tensor loss_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  check_index_weight(logits, target, weight);
-  if (any_has_tangent(target, weight)) {
-    check(logits, target, weight, options);
-    return formulas::loss(logits, target, weight, options);
+// The loss of rows by themselves, weighted and reduced by torch's operators, which know the row weights' gradient.
+template <typename Loss>
+Tensor loss_of_weighted_rows(const Inputs& in, Loss&& loss) {
+  Options of_rows = in.options;
+  of_rows.reduction = at::Reduction::None;
+  of_rows.full_precision = true;
+  of_rows.divisor.reset();
+  return formulas::reduce(loss(Inputs{in.logits, in.target, in.weight, of_rows, kNoTensor, in.logit_scale}), in);
+}
+
+Tensor loss_autograd(const Inputs& in) {
+  check_index_weight(in);
+  if (!in.is_plain() && (any_has_tangent(in) || is_transformed(in))) {
+    check(in);
+    return formulas::loss(in);
   }
-  if (has_tangent(logits)) {
-    return loss_with_tangent(logits, target, weight, options);
+  if (has_tangent(in.target) || has_tangent(in.weight)) {
+    check(in);
+    return formulas::loss(in);
   }
-  if (!needs_graph(logits, target, weight)) {
+  if (has_tangent(in.logits)) {
+    return loss_with_tangent(in);
+  }
+  if (!needs_graph(in)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return op::loss(logits, target, weight, options);
+    return op::loss(in);
   }
-  auto node = make_backward(logits, target, weight, options);
+  if (requires_grad(in.row_weight)) {
+    check(in);
+    return loss_of_weighted_rows(in, op::loss);
+  }
+  auto node = make_backward(in);
   Tensor loss, max, sum;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (computes_grad_in_forward(logits, options) && !target.requires_grad() && !requires_grad(weight)) {
-      std::tie(loss, node->grad) = op::forward_grad(logits, target, weight, options);
+    if (computes_grad_in_forward(in)) {
+      std::tie(loss, node->grad) = op::forward_grad(in);
     } else {
-      std::tie(loss, max, sum, std::ignore) = op::forward(logits, target, weight, options);
+      std::tie(loss, max, sum, std::ignore) = op::forward(in);
       save_rows(node, max, sum);
     }
   }
-  save_inputs(node, logits, target, weight);
+  node->saved.save(in);
   torch::autograd::set_history(loss, node);
   return loss;
 }
 
-Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                      c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  if (is_transformed(logits)) {
-    return op::loss(logits, target, weight, options);
+Tensor loss_autograd_(const Inputs& in) {
+  if (is_transformed(in.logits)) {
+    return op::loss(in);
   }
-  check(logits, target, weight, options);
-  check_index_weight(logits, target, weight);
-  TORCH_CHECK(!target.requires_grad() && !requires_grad(weight),
+  Tensor logits = in.logits;
+  check(in);
+  check_index_weight(in);
+  TORCH_CHECK(!in.target.requires_grad() && !requires_grad(in.weight),
               "cross_entropy: inplace=True overwrites the logits that the gradients of target and weight need");
-  TORCH_CHECK(!any_has_tangent(logits, target, weight), "cross_entropy: inplace=True has no forward-mode gradient");
-  if (!needs_graph(logits, target, weight)) {
+  TORCH_CHECK(!any_has_tangent(in), "cross_entropy: inplace=True has no forward-mode gradient");
+  if (!needs_graph(in)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return op::loss(logits, target, weight, options);
+    return op::loss(in);
+  }
+  if (requires_grad(in.row_weight)) {
+    return loss_of_weighted_rows(in, cross_entropy_);
   }
   torch::autograd::check_inplace(logits, /*requires_grad=*/true);
   TORCH_CHECK(logits.is_non_overlapping_and_dense(),
               "cross_entropy: inplace=True needs logits that are dense in memory and do not overlap");
-  auto node = make_backward(logits, target, weight, options);
+  auto node = make_backward(in);
   Tensor loss, max, sum;
-  if (computes_grad_in_forward(logits, options)) {
+  if (computes_grad_in_forward(in)) {
     {
       at::AutoDispatchBelowADInplaceOrView guard;
       node->replaces_logits = true;
       node->grad = logits.detach();
-      loss = op::forward_grad_(node->grad, target, weight, options);
+      loss =
+          op::forward_grad_({node->grad, in.target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor});
     }
     torch::autograd::impl::bump_version(logits);
     auto overwritten = make_node<OverwrittenLogits>();
@@ -383,95 +483,84 @@ Tensor loss_autograd_(Tensor& logits, const Tensor& target, const OptionalTensor
     torch::autograd::rebase_history(logits, overwritten);
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, max, sum, std::ignore) = op::forward(logits, target, weight, options);
+    std::tie(loss, max, sum, std::ignore) = op::forward(in);
     save_rows(node, max, sum);
     node->overwrites_logits = true;
-    save_inputs(node, logits, target, weight);
+    node->saved.save(in);
   }
   torch::autograd::set_history(loss, node);
   return loss;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Tensor& logits, const Tensor& target,
-                                                            const OptionalTensor& weight, int64_t reduction,
-                                                            c10::SymInt ignore_index, double label_smoothing,
-                                                            bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  check_index_weight(logits, target, weight);
-  const auto [loss, max, sum, lse] = forward_with_graph(logits, target, weight, options);
-  if (any_has_tangent(logits, target, weight)) {
-    return {formulas::loss(logits, target, weight, options), max, sum, formulas::lse(logits)};
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Inputs& in) {
+  check_index_weight(in);
+  const auto [loss, max, sum, lse] = forward_with_graph(in);
+  if (any_has_tangent(in)) {
+    return {formulas::loss(in), max, sum, formulas::lse(in.logits)};
   }
   return {loss, max, sum, lse};
 }
 
-Tensor loss_not_replaced(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                         c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, full_precision});
+Tensor loss_not_replaced(const Inputs& in) {
+  return op::loss(in);
 }
 
 // The steps are differentiated where transforms of torch.func are nested, each level of which has an autograd of its
 // own: what is below the autograd of one is differentiated by the next.
 
-std::tuple<Tensor, Tensor> forward_grad_autograd(const Tensor& logits, const Tensor& target,
-                                                 const OptionalTensor& weight, int64_t reduction,
-                                                 c10::SymInt ignore_index, double label_smoothing,
-                                                 bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  const Tensor one = at::ones({}, logits.options().dtype(accumulator_of(logits.scalar_type())));
-  if (any_has_tangent(logits, target, weight)) {
-    return {formulas::loss(logits, target, weight, options),
-            formulas::logits_gradient(one, {}, logits, target, weight, options)};
+std::tuple<Tensor, Tensor> forward_grad_autograd(const Inputs& in) {
+  const Tensor one = at::ones({}, in.logits.options().dtype(accumulator_of(in.logits.scalar_type())));
+  if (any_has_tangent(in)) {
+    return {formulas::loss(in), formulas::logits_gradient(one, {}, in)};
   }
   Tensor loss, grad;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, grad) = op::forward_grad(logits, target, weight, options);
+    std::tie(loss, grad) = op::forward_grad(in);
   }
-  if (needs_graph(logits, target, weight)) {
-    auto node = make_backward(logits, target, weight, options);
-    save_inputs(node, logits, target, weight);
+  if (needs_graph(in)) {
+    auto node = make_backward(in);
+    node->saved.save(in);
     torch::autograd::set_history(loss, node);
-    grad = with_graph(grad, one, std::nullopt, logits, target, weight, options);
+    grad = with_graph(grad, one, std::nullopt, in);
   }
   return {loss, grad};
 }
 
-Tensor backward_autograd(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
-                         const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
-                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  const Options options{reduction, ignore_index, label_smoothing};
-  if (any_has_tangent(grad_loss, grad_lse, logits, target, weight)) {
-    return formulas::logits_gradient(grad_loss, or_undefined(grad_lse), logits, target, weight, options);
+Tensor backward_autograd(const BackwardInputs& b, const Inputs& in) {
+  if (has_tangent(b.grad_loss) || has_tangent(b.grad_lse) || any_has_tangent(in)) {
+    return formulas::logits_gradient(b.grad_loss, or_undefined(b.grad_lse), in);
   }
   Tensor grad;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    grad = op::backward(grad_loss, grad_lse, logits, target, weight, max, sum, options);
+    grad = op::backward(b, in);
   }
-  return with_graph(grad, grad_loss, grad_lse, logits, target, weight, options);
+  return with_graph(grad, b.grad_loss, b.grad_lse, in);
 }
 
-Tensor target_backward_autograd(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                                const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
-                                double label_smoothing) {
-  const Options options{reduction, /*ignore_index=*/-100, label_smoothing};
-  if (is_differentiated(grad_loss, logits, target, weight)) {
-    return formulas::target_gradient(grad_loss, logits, target, weight, options);
+Tensor target_backward_autograd(const BackwardInputs& b, const Inputs& in) {
+  if (is_differentiated(b.grad_loss, in.logits, in.target, in.weight)) {
+    return formulas::target_gradient(b.grad_loss, in);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op::target_backward(grad_loss, logits, target, weight, max, sum, options);
+  return op::target_backward(b, in);
 }
 
-Tensor weight_backward_autograd(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                                const Tensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
-                                double label_smoothing) {
-  const Options options{reduction, /*ignore_index=*/-100, label_smoothing};
-  if (is_differentiated(grad_loss, logits, target, weight)) {
-    return formulas::weight_gradient(grad_loss, logits, target, weight, options);
+Tensor weight_backward_autograd(const BackwardInputs& b, const Inputs& in) {
+  if (is_differentiated(b.grad_loss, in.logits, in.target, in.weight)) {
+    return formulas::weight_gradient(b.grad_loss, in);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op::weight_backward(grad_loss, logits, target, weight, max, sum, options);
+  return op::weight_backward(b, in);
+}
+
+Tensor logit_scale_backward_autograd(const BackwardInputs& b, const Inputs& in) {
+  if (is_differentiated(b.grad_loss, in.logits, in.target, in.weight, in.row_weight, in.logit_scale)) {
+    return formulas::logit_scale_gradient(b.grad_loss, in);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op::logit_scale_backward(b, in);
 }
 
 void scale__autograd(Tensor& grad, const Tensor& factor) {
@@ -485,51 +574,48 @@ void scale__autograd(Tensor& grad, const Tensor& factor) {
 
 }  // namespace
 
-Tensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  if (at::isFloatingType(target.scalar_type()) && at::isFloatingType(logits.scalar_type()) &&
-      is_probabilities(logits, target)) {
-    ScalarType promoted = c10::promoteTypes(logits.scalar_type(), target.scalar_type());
-    if (weight && weight->defined()) {
-      promoted = c10::promoteTypes(promoted, weight->scalar_type());
+Tensor cross_entropy(const Inputs& in) {
+  if (at::isFloatingType(in.target.scalar_type()) && at::isFloatingType(in.logits.scalar_type()) &&
+      is_probabilities(in)) {
+    ScalarType promoted = c10::promoteTypes(in.logits.scalar_type(), in.target.scalar_type());
+    if (in.weight && in.weight->defined()) {
+      promoted = c10::promoteTypes(promoted, in.weight->scalar_type());
     }
-    if (promoted != logits.scalar_type() || promoted != target.scalar_type()) {
-      return op::loss(logits.to(promoted), target.to(promoted), weight, options);
+    if (promoted != in.logits.scalar_type() || promoted != in.target.scalar_type()) {
+      const Tensor logits = in.logits.to(promoted), target = in.target.to(promoted);
+      return op::loss({logits, target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor});
     }
   }
-  return op::loss(logits, target, weight, options);
+  return op::loss(in);
 }
 
-Tensor cross_entropy_(Tensor logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                      c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  static const auto call = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("cross_entropy::cross_entropy_", "")
-                               .typed<decltype(loss_autograd_)>();
-  return call.call(logits, target, weight, reduction, ignore_index, label_smoothing, full_precision);
+Tensor cross_entropy_(const Inputs& in) {
+  static const Operator<Tensor> call("cross_entropy::cross_entropy_");
+  return call(in);
 }
 
 std::tuple<Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                              c10::SymInt ignore_index, double label_smoothing) {
-  const auto [loss, max, sum, lse] = op::forward(
-      logits, target, weight, {at::Reduction::None, ignore_index, label_smoothing, /*full_precision=*/true});
+  const Options options{at::Reduction::None, std::move(ignore_index), label_smoothing, /*full_precision=*/true};
+  const auto [loss, max, sum, lse] = op::forward({logits, target, weight, options});
   return {max, lse, loss};
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
-  m.impl("loss", &loss_autograd);
-  m.impl("forward", &forward_autograd);
-  m.impl("forward_grad", &forward_grad_autograd);
-  m.impl("backward", &backward_autograd);
-  m.impl("target_backward", &target_backward_autograd);
-  m.impl("weight_backward", &weight_backward_autograd);
+  m.impl("loss", &unpacked<&loss_autograd>);
+  m.impl("forward", &unpacked<&forward_autograd>);
+  m.impl("forward_grad", &unpacked<&forward_grad_autograd>);
+  m.impl("backward", &unpacked_backward<&backward_autograd>);
+  m.impl("target_backward", &unpacked_backward<&target_backward_autograd>);
+  m.impl("weight_backward", &unpacked_backward<&weight_backward_autograd>);
+  m.impl("logit_scale_backward", &unpacked_backward<&logit_scale_backward_autograd>);
   m.impl("scale_", &scale__autograd);
-  m.impl("cross_entropy_", &loss_autograd_);
+  m.impl("cross_entropy_", &unpacked<&loss_autograd_>);
 }
 
 // Where there is no autograd: of tensors made in inference mode.
 TORCH_LIBRARY_IMPL(cross_entropy, CompositeExplicitAutograd, m) {
-  m.impl("cross_entropy_", &loss_not_replaced);
+  m.impl("cross_entropy_", &unpacked<&loss_not_replaced>);
 }
 
 }  // namespace ce

@@ -8,19 +8,22 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
+#include <memory>
+
 #include "cpu/large_memory.h"
+#include "operands.h"
 #include "problem.h"
 
 namespace ce {
 namespace {
 
-bool divides_by_weight(const Problem& problem, int64_t reduction) {
-  return reduction == at::Reduction::Mean && problem.target_type != TargetType::kProbabilities;
+bool is_own_mean(const Inputs& in) {
+  return in.options.reduction == at::Reduction::Mean && !in.divides_by_given();
 }
 
-// Of a reduction that does not divide by weights.
-double divisor_of(const Problem& problem, int64_t reduction) {
-  return reduction == at::Reduction::Mean ? static_cast<double>(problem.rows) : 1;
+// Whether it is the sum of weights, and not the number of rows, that a mean divides by.
+bool divides_by_weight(const Problem& problem, const Inputs& in) {
+  return is_own_mean(in) && (problem.target_type != TargetType::kProbabilities || problem.row_weight.data);
 }
 
 }  // namespace
@@ -42,14 +45,17 @@ NewGrad HostBackend::empty_grad(const at::Tensor& like) {
   return {at::empty_like(like)};
 }
 
-void HostBackend::prepare(Problem& problem, int64_t reduction) {
-  problem.divisor = divisor_of(problem, reduction);
-  if (problem.target_type != TargetType::kProbabilities) {
+void HostBackend::prepare(Problem& problem, const Inputs& in) {
+  const bool by_weight = divides_by_weight(problem, in);
+  if (problem.target_type != TargetType::kProbabilities || by_weight) {
     const TargetSummary summary = cpu::summarize_targets(problem);
     TORCH_CHECK_INDEX(summary.bad_row < 0, "Target ", summary.bad_target, " is out of bounds.");
-    if (divides_by_weight(problem, reduction)) {
-      problem.divisor = summary.weight;
+    if (by_weight) {
+      problem.divisor.value = divisor_of_mean(summary.weight, problem);
     }
+  }
+  if (is_own_mean(in) && !by_weight) {
+    problem.divisor.value = static_cast<double>(problem.rows);
   }
 }
 
@@ -62,6 +68,11 @@ at::Tensor HostBackend::forward_total(Problem& problem, const at::TensorOptions&
   float total_float = 0;
   const bool is_double = problem.dtype == DType::kFloat64;
   problem.total = is_double ? static_cast<void*>(&total_double) : &total_float;
+  constexpr int64_t kFew = 1 << 10;
+  alignas(double) char few[kFew];
+  const int64_t bytes = problem.rows * (is_double ? sizeof(double) : sizeof(float));
+  const std::unique_ptr<char[]> many(bytes > kFew ? new char[bytes] : nullptr);
+  problem.loss = many ? many.get() : few;
   cpu::forward(problem);
   return make_scalar(is_double ? total_double : total_float, total);
 }
@@ -76,6 +87,10 @@ void HostBackend::target_backward(Problem& problem) {
 
 void HostBackend::weight_backward(Problem& problem) {
   cpu::weight_backward(problem);
+}
+
+void HostBackend::logit_scale_backward(Problem& problem) {
+  cpu::logit_scale_backward(problem);
 }
 
 void HostBackend::scale(const at::Tensor& grad, const at::Tensor& factor) {
@@ -115,9 +130,11 @@ NewGrad DeviceBackend::empty_grad(const at::Tensor& like) {
   return {at::empty_like(like)};
 }
 
-void DeviceBackend::prepare(Problem& problem, int64_t reduction) {
-  problem.divides_by_weight = divides_by_weight(problem, reduction);
-  problem.divisor = divisor_of(problem, reduction);
+void DeviceBackend::prepare(Problem& problem, const Inputs& in) {
+  problem.divides_by_weight = divides_by_weight(problem, in);
+  if (is_own_mean(in)) {
+    problem.divisor.value = static_cast<double>(problem.rows);
+  }
   problem.bad_target = cuda::bad_target(index_of(options_.device()));
   workspace_ = at::empty({cuda::workspace_size(problem)}, options_.dtype(at::kByte));
   problem.workspace = workspace_.data_ptr();
@@ -129,6 +146,9 @@ void DeviceBackend::forward(Problem& problem) {
 
 at::Tensor DeviceBackend::forward_total(Problem& problem, const at::TensorOptions& options) {
   at::Tensor total = at::empty({}, options);
+  const at::Tensor loss =
+      at::empty({problem.rows}, options.dtype(accumulator_of(c10::typeMetaToScalarType(options_.dtype()))));
+  problem.loss = loss.data_ptr();
   problem.total = total.data_ptr();
   problem.total_type = dtype_of(total);
   cuda::forward(problem, stream_);
@@ -144,9 +164,15 @@ void DeviceBackend::target_backward(Problem& problem) {
 }
 
 void DeviceBackend::weight_backward(Problem& problem) {
-  workspace_ = at::empty({cuda::weight_backward_workspace_size(problem)}, options_.dtype(at::kByte));
-  problem.workspace = workspace_.data_ptr();
+  const at::Tensor sums = at::empty({cuda::weight_backward_sums(problem)}, options_.dtype(at::kDouble));
+  problem.partial_sums = sums.data_ptr<double>();
   cuda::weight_backward(problem, stream_);
+}
+
+void DeviceBackend::logit_scale_backward(Problem& problem) {
+  const at::Tensor sums = at::empty({cuda::logit_scale_backward_sums()}, options_.dtype(at::kDouble));
+  problem.partial_sums = sums.data_ptr<double>();
+  cuda::logit_scale_backward(problem, stream_);
 }
 
 void DeviceBackend::scale(const at::Tensor& grad, const at::Tensor& factor) {

@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "kernels.h"
+#include "ops.h"
 
 namespace ce {
 
@@ -21,13 +22,14 @@ class HostBackend {
   NewGrad empty_grad(const at::Tensor& like);
 
   // Validates the targets and sets what the reduction divides by.
-  void prepare(Problem&, int64_t reduction);
+  void prepare(Problem&, const Inputs&);
   void forward(Problem&);
   // The same with the total, which it returns.
   at::Tensor forward_total(Problem&, const at::TensorOptions& total);
   void backward(Problem&);
   void target_backward(Problem&);
   void weight_backward(Problem&);
+  void logit_scale_backward(Problem&);
   void scale(const at::Tensor& grad, const at::Tensor& factor);
 };
 
@@ -41,12 +43,13 @@ class DeviceBackend {
 
   NewGrad empty_grad(const at::Tensor& like);
 
-  void prepare(Problem&, int64_t reduction);
+  void prepare(Problem&, const Inputs&);
   void forward(Problem&);
   at::Tensor forward_total(Problem&, const at::TensorOptions& total);
   void backward(Problem&);
   void target_backward(Problem&);
   void weight_backward(Problem&);
+  void logit_scale_backward(Problem&);
   void scale(const at::Tensor& grad, const at::Tensor& factor);
 
  private:

@@ -5,9 +5,9 @@
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <torch/library.h>
 
+#include "arguments.h"
 #include "checks.h"
 #include "formulas.h"
-#include "ops.h"
 #include "problem.h"
 
 namespace ce {
@@ -74,121 +74,117 @@ struct BelowVmap {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::DispatchKey::FuncTorchBatched};
 };
 
-Options of_rows(const Options& options) {
-  return {at::Reduction::None, options.ignore_index, options.label_smoothing, /*full_precision=*/true};
+// The rest of the options, for each row by itself; what the reduction and the row weights do is done outside.
+Options of_rows(const Inputs& in) {
+  Options options = in.options;
+  options.reduction = at::Reduction::None;
+  options.full_precision = true;
+  options.divisor.reset();
+  options.zero_if_empty = false;
+  return options;
 }
 
 // Each row's results, in the accumulator's dtype. Class weights that differ within the batch only matter to the loss.
-std::tuple<Tensor, Tensor, Tensor, Tensor> rows_batched(const Tensor& logits, const Tensor& target,
-                                                        const OptionalTensor& weight, const Options& options) {
-  const Batch batch({logits, target, weight});
-  const bool same_weight = !batch.has(weight);
-  const Tensor z = batch.outer_logits(logits), t = batch.outer_target(logits, target);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rows_batched(const Inputs& in) {
+  const Batch batch({in.logits, in.target, in.weight});
+  const bool same_weight = !batch.has(in.weight);
+  const Tensor z = batch.outer_logits(in.logits), t = batch.outer_target(in.logits, in.target);
   Tensor loss, max, sum, lse;
   {
     const BelowVmap guard;
-    std::tie(loss, max, sum, lse) = op::forward(z, t, same_weight ? weight : std::nullopt, of_rows(options));
+    std::tie(loss, max, sum, lse) = op::forward({z, t, same_weight ? in.weight : kNoTensor, of_rows(in)});
   }
-  loss = same_weight ? batch.inner(loss) : formulas::loss(logits, target, weight, of_rows(options));
+  loss = same_weight ? batch.inner(loss) : formulas::loss({in.logits, in.target, in.weight, of_rows(in)});
   return {loss, batch.inner(max), batch.inner(sum), batch.inner(lse)};
 }
 
-Tensor loss_batched(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                    c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  check(logits, target, weight, options);
-  const Batch batch({logits, target, weight});
-  if (batch.has(weight)) {
-    return formulas::loss(logits, target, weight, options);
+Tensor loss_batched(const Inputs& in) {
+  check(in);
+  const Batch batch({in.logits, in.target, in.weight, in.row_weight, in.logit_scale, in.divisor});
+  if (!in.is_plain() || batch.has(in.weight)) {
+    return formulas::loss(in);
   }
-  const Tensor z = batch.outer_logits(logits), t = batch.outer_target(logits, target);
+  const Tensor z = batch.outer_logits(in.logits), t = batch.outer_target(in.logits, in.target);
   Tensor rows;
   {
     const BelowVmap guard;
-    rows = op::loss(z, t, weight, of_rows(options));
+    rows = op::loss({z, t, in.weight, of_rows(in)});
   }
-  return formulas::reduce(batch.inner(rows), logits, target, weight, options);
+  return formulas::reduce(batch.inner(rows), in);
 }
 
 // The gradient of the batch is not written over its logits: a transform outside of this one may still need them.
-Tensor loss_batched_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  return op::loss(logits, target, weight, {reduction, ignore_index, label_smoothing, full_precision});
+Tensor loss_batched_(const Inputs& in) {
+  return op::loss(in);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Tensor& logits, const Tensor& target,
-                                                           const OptionalTensor& weight, int64_t reduction,
-                                                           c10::SymInt ignore_index, double label_smoothing,
-                                                           bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  check(logits, target, weight, options);
-  const auto [rows, max, sum, lse] = rows_batched(logits, target, weight, options);
-  return {formulas::reduce(rows, logits, target, weight, options), max, sum, lse};
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Inputs& in) {
+  check(in);
+  const auto [rows, max, sum, lse] = rows_batched(in);
+  return {formulas::reduce(rows, in), max, sum, lse};
 }
 
 // What the backward kernels read, with the batch in it.
 struct OuterOperands {
   Tensor grad_loss, logits, target, max, sum;
+  OptionalTensor grad_lse;
 
-  OuterOperands(const Batch& batch, const Tensor& grad_loss_, const Tensor& logits_, const Tensor& target_,
-                const OptionalTensor& weight, const Tensor& max_, const Tensor& sum_, const Options& options)
-      : grad_loss(
-            batch.outer(formulas::upstream_of_rows(grad_loss_, logits_, target_, weight, options).expand_as(max_))),
-        logits(batch.outer_logits(logits_)),
-        target(batch.outer_target(logits_, target_)),
-        max(batch.outer(max_)),
-        sum(batch.outer(sum_)) {}
+  OuterOperands(const Batch& batch, const BackwardInputs& b, const Inputs& in)
+      : grad_loss(batch.outer(formulas::upstream_of_rows(b.grad_loss, in).expand_as(b.max))),
+        logits(batch.outer_logits(in.logits)),
+        target(batch.outer_target(in.logits, in.target)),
+        max(batch.outer(b.max)),
+        sum(batch.outer(b.sum)),
+        grad_lse(b.grad_lse && b.grad_lse->defined() ? OptionalTensor(batch.outer(*b.grad_lse)) : std::nullopt) {}
+
+  BackwardInputs backward() const { return {grad_loss, grad_lse, max, sum}; }
 };
 
-Tensor backward_batched(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
-                        const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
-                        int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  const Options options{reduction, ignore_index, label_smoothing};
-  const Batch batch({grad_loss, grad_lse, logits, target, weight, max, sum});
-  if (batch.has(weight)) {
-    return formulas::logits_gradient(grad_loss, grad_lse.value_or(Tensor()), logits, target, weight, options);
+Batch batch_of(const BackwardInputs& b, const Inputs& in) {
+  return Batch({b.grad_loss, b.grad_lse, b.max, b.sum, in.logits, in.target, in.weight, in.row_weight});
+}
+
+Tensor backward_batched(const BackwardInputs& b, const Inputs& in) {
+  const Batch batch = batch_of(b, in);
+  if (batch.has(in.weight)) {
+    return formulas::logits_gradient(b.grad_loss, b.grad_lse.value_or(Tensor()), in);
   }
-  const OuterOperands o(batch, grad_loss, logits, target, weight, max, sum, options);
-  const OptionalTensor g_lse = grad_lse && grad_lse->defined() ? OptionalTensor(batch.outer(*grad_lse)) : std::nullopt;
+  const OuterOperands o(batch, b, in);
   Tensor grad;
   {
     const BelowVmap guard;
-    grad = op::backward(o.grad_loss, g_lse, o.logits, o.target, weight, o.max, o.sum, of_rows(options));
+    grad = op::backward(o.backward(), {o.logits, o.target, in.weight, of_rows(in), kNoTensor, in.logit_scale});
   }
-  return batch.inner_logits(grad, logits);
+  return batch.inner_logits(grad, in.logits);
 }
 
-std::tuple<Tensor, Tensor> forward_grad_batched(const Tensor& logits, const Tensor& target,
-                                                const OptionalTensor& weight, int64_t reduction,
-                                                c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  const auto [loss, max, sum, lse] = op::forward(logits, target, weight, options);
+std::tuple<Tensor, Tensor> forward_grad_batched(const Inputs& in) {
+  const auto [loss, max, sum, lse] = op::forward(in);
   const Tensor one = at::ones({}, max.options());
-  return {loss, op::backward(one, std::nullopt, logits, target, weight, max, sum, options)};
+  return {loss, op::backward({one, kNoTensor, max, sum}, in)};
 }
 
-Tensor target_backward_batched(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
-                               double label_smoothing) {
-  const Options options{reduction, /*ignore_index=*/-100, label_smoothing};
-  const Batch batch({grad_loss, logits, target, weight, max, sum});
-  if (batch.has(weight)) {
-    return formulas::target_gradient(grad_loss, logits, target, weight, options);
+Tensor target_backward_batched(const BackwardInputs& b, const Inputs& in) {
+  const Batch batch = batch_of(b, in);
+  if (batch.has(in.weight)) {
+    return formulas::target_gradient(b.grad_loss, in);
   }
-  const OuterOperands o(batch, grad_loss, logits, target, weight, max, sum, options);
+  const OuterOperands o(batch, b, in);
   Tensor grad;
   {
     const BelowVmap guard;
-    grad = op::target_backward(o.grad_loss, o.logits, o.target, weight, o.max, o.sum, of_rows(options));
+    grad = op::target_backward(o.backward(), {o.logits, o.target, in.weight, of_rows(in), kNoTensor, in.logit_scale});
   }
-  return batch.inner_logits(grad, target);
+  return batch.inner_logits(grad, in.target);
 }
 
 // The kernel sums over all rows; here the sum is over those of one member of the batch.
-Tensor weight_backward_batched(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                               const Tensor& weight, const Tensor&, const Tensor&, int64_t reduction,
-                               double label_smoothing) {
-  return formulas::weight_gradient(grad_loss, logits, target, weight, {reduction, -100, label_smoothing});
+Tensor weight_backward_batched(const BackwardInputs& b, const Inputs& in) {
+  return formulas::weight_gradient(b.grad_loss, in);
+}
+
+Tensor logit_scale_backward_batched(const BackwardInputs& b, const Inputs& in) {
+  return formulas::logit_scale_gradient(b.grad_loss, in);
 }
 
 void scale__batched(Tensor& grad, const Tensor& factor) {
@@ -198,13 +194,14 @@ void scale__batched(Tensor& grad, const Tensor& factor) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cross_entropy, FuncTorchBatched, m) {
-  m.impl("loss", &loss_batched);
-  m.impl("cross_entropy_", &loss_batched_);
-  m.impl("forward", &forward_batched);
-  m.impl("forward_grad", &forward_grad_batched);
-  m.impl("backward", &backward_batched);
-  m.impl("target_backward", &target_backward_batched);
-  m.impl("weight_backward", &weight_backward_batched);
+  m.impl("loss", &unpacked<&loss_batched>);
+  m.impl("cross_entropy_", &unpacked<&loss_batched_>);
+  m.impl("forward", &unpacked<&forward_batched>);
+  m.impl("forward_grad", &unpacked<&forward_grad_batched>);
+  m.impl("backward", &unpacked_backward<&backward_batched>);
+  m.impl("target_backward", &unpacked_backward<&target_backward_batched>);
+  m.impl("weight_backward", &unpacked_backward<&weight_backward_batched>);
+  m.impl("logit_scale_backward", &unpacked_backward<&logit_scale_backward_batched>);
   m.impl("scale_", &scale__batched);
 }
 

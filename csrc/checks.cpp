@@ -8,11 +8,52 @@
 namespace ce {
 namespace {
 
-void check_weight(const at::Tensor& logits, const at::Tensor& weight, const char* who) {
-  const auto& classes = logits.sym_size(class_dim(logits));
-  TORCH_CHECK(weight.dim() == 1 && weight.sym_numel() == classes, who,
-              "weight tensor should be defined either for all ", classes,
+void check_weight(const Inputs& in, const char* who) {
+  const at::Tensor& weight = *in.weight;
+  const auto& classes = in.logits.sym_size(class_dim(in.logits));
+  TORCH_CHECK(weight.dim() == 1 && (weight.sym_numel() == classes ||
+                                    (in.options.valid_classes && weight.sym_numel() == *in.options.valid_classes)),
+              who, "weight tensor should be defined either for all ", classes,
               " classes or no classes but got weight tensor of shape: ", weight.sym_sizes());
+}
+
+// What torch's loss does not have.
+void check_options(const Inputs& in) {
+  const auto& o = in.options;
+  TORCH_CHECK_VALUE(o.z_loss >= 0, "cross_entropy: z_loss must not be negative. Got: ", o.z_loss);
+  TORCH_CHECK_VALUE(!o.softcap || *o.softcap > 0, "cross_entropy: softcap must be positive. Got: ", *o.softcap);
+  TORCH_CHECK_VALUE(!in.divides_by_given() || o.reduction == at::Reduction::Mean,
+                    "cross_entropy: divisor is only for reduction='mean', where it takes the place of the mean's own");
+  TORCH_CHECK_VALUE(!o.divisor || *o.divisor > 0, "cross_entropy: divisor must be positive. Got: ", *o.divisor);
+  if (o.valid_classes) {
+    const auto& classes = in.logits.sym_size(class_dim(in.logits));
+    TORCH_CHECK_VALUE(*o.valid_classes > 0 && *o.valid_classes <= classes,
+                      "cross_entropy: valid_classes must be between 1 and the logits' ", classes,
+                      " classes. Got: ", *o.valid_classes);
+  }
+  const auto check_scalar = [&](const OptionalTensor& scalar, const char* name, bool is_floating) {
+    if (scalar) {
+      TORCH_CHECK_VALUE(scalar->dim() == 0 && !scalar->is_complex() && (!is_floating || scalar->is_floating_point()),
+                        "cross_entropy: ", name, " must be a number or a ", is_floating ? "floating point " : "",
+                        "tensor of shape (). Got: ", scalar->scalar_type(), " of shape ", scalar->sym_sizes());
+      TORCH_CHECK(scalar->device() == in.logits.device() || scalar->device().is_cpu(), "cross_entropy: ", name,
+                  " must be on the CPU or on ", in.logits.device(), ". Got: ", scalar->device());
+    }
+  };
+  check_scalar(in.logit_scale, "logit_scale", true);
+  check_scalar(in.divisor, "divisor", false);
+  TORCH_CHECK(!in.divisor || !in.divisor->requires_grad(), "cross_entropy: divisor has no gradient");
+  if (in.row_weight) {
+    c10::SymDimVector rows(in.logits.sym_sizes().begin(), in.logits.sym_sizes().end());
+    rows.erase(rows.begin() + class_dim(in.logits));
+    const bool one_row = in.logits.dim() == 1 && in.row_weight->sym_numel() == 1 && in.row_weight->dim() == 1;
+    TORCH_CHECK_VALUE(
+        in.row_weight->is_floating_point() && (one_row || in.row_weight->sym_sizes() == c10::SymIntArrayRef(rows)),
+        "cross_entropy: row_weight must be a floating point tensor of the rows' shape ", c10::SymIntArrayRef(rows),
+        ". Got: ", in.row_weight->scalar_type(), " of shape ", in.row_weight->sym_sizes());
+    TORCH_CHECK(in.row_weight->device() == in.logits.device(), "cross_entropy: row_weight must be on ",
+                in.logits.device(), ". Got: ", in.row_weight->device());
+  }
 }
 
 void check_index_shapes(const at::Tensor& logits, const at::Tensor& target) {
@@ -38,8 +79,10 @@ void check_index_shapes(const at::Tensor& logits, const at::Tensor& target) {
 
 }  // namespace
 
-void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options& options) {
-  const auto& [reduction, ignore_index, label_smoothing, full_precision] = options;
+void check(const Inputs& in) {
+  const auto& [logits, target, weight, options, row_weight, logit_scale, divisor] = in;
+  const auto& [reduction, ignore_index, label_smoothing, full_precision, z_loss, softcap, scale, by, valid, zero] =
+      options;
   const bool has_weight = weight && weight->defined();
   TORCH_CHECK(logits.layout() == at::kStrided, "cross_entropy expects dense logits, got ", logits.layout());
   TORCH_CHECK(target.device() == logits.device() && (!has_weight || weight->device() == logits.device()),
@@ -47,7 +90,7 @@ void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTen
               target.device(), has_weight ? c10::str(" and weight on ", weight->device()) : "");
   TORCH_CHECK_VALUE(reduction >= 0 && reduction < at::Reduction::END, reduction, " is not a valid value for reduction");
 
-  const bool probabilities = is_probabilities(logits, target);
+  const bool probabilities = is_probabilities(in);
   if (probabilities) {
     TORCH_CHECK(at::isFloatingType(target.scalar_type()),
                 "Expected floating point type for target with class probabilities, got ", target.scalar_type());
@@ -60,19 +103,22 @@ void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTen
   TORCH_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
                               "\"cross_entropy\" not implemented for '", type, "'");
   TORCH_CHECK(!(label_smoothing > 1), "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+  if (!in.is_plain()) {
+    check_options(in);
+  }
 
   if (probabilities) {
     TORCH_CHECK(target.scalar_type() == type, "expected scalar type ", type, " but found ", target.scalar_type());
     if (has_weight) {
-      check_weight(logits, *weight, "cross_entropy: ");
+      check_weight(in, "cross_entropy: ");
     }
     return;
   }
   check_index_shapes(logits, target);
   if (has_weight) {
-    check_weight(logits, *weight, "");
-    TORCH_CHECK(weight->scalar_type() == type || weight->scalar_type() == loss_dtype(logits, options),
-                "expected scalar type ", type, " but found ", weight->scalar_type());
+    check_weight(in, "");
+    TORCH_CHECK(weight->scalar_type() == type || weight->scalar_type() == loss_dtype(in), "expected scalar type ", type,
+                " but found ", weight->scalar_type());
   }
   const auto index_type = target.scalar_type();
   TORCH_CHECK(index_type == at::kLong || index_type == at::kInt || index_type == at::kByte,

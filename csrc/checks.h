@@ -11,6 +11,9 @@ namespace ce {
 inline bool is_probabilities(const at::Tensor& logits, const at::Tensor& target) {
   return logits.sym_sizes() == target.sym_sizes();
 }
+inline bool is_probabilities(const Inputs& in) {
+  return is_probabilities(in.logits, in.target);
+}
 
 // The dimension of the classes.
 inline int64_t class_dim(const at::Tensor& logits) {
@@ -18,6 +21,6 @@ inline int64_t class_dim(const at::Tensor& logits) {
 }
 
 // Shapes, dtypes, devices and options; reads no element.
-void check(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options& options);
+void check(const Inputs&);
 
 }  // namespace ce

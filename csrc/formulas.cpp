@@ -22,22 +22,61 @@ c10::SymInt rows_of(const Tensor& logits) {
   return rows;
 }
 
+c10::SymInt classes_of(const Inputs& in) {
+  return in.options.valid_classes.value_or(in.logits.sym_size(class_dim(in.logits)));
+}
+
+// Without the columns of padding.
+Tensor valid(const Tensor& tensor, int64_t dim, const Inputs& in) {
+  return in.options.valid_classes ? tensor.narrow_symint(dim, 0, *in.options.valid_classes) : tensor;
+}
+
+// With them, as zeros.
+Tensor padded(const Tensor& grad, int64_t dim, const Tensor& like) {
+  if (grad.sym_size(dim) == like.sym_size(dim)) {
+    return grad;
+  }
+  c10::SymDimVector sizes(grad.sym_sizes().begin(), grad.sym_sizes().end());
+  sizes[dim] = like.sym_size(dim) - grad.sym_size(dim);
+  return at::cat({grad, at::zeros_symint(sizes, grad.options())}, dim);
+}
+
 // Compared as int64: an ignore_index of -100 is no uint8.
-Tensor is_ignored(const Tensor& target, const Options& options) {
-  return target.to(at::kLong) == at::Scalar(options.ignore_index);
+Tensor is_ignored(const Inputs& in) {
+  return in.target.to(at::kLong) == at::Scalar(in.options.ignore_index);
 }
 
 // 0 in ignored rows, and a class in those that are out of bounds: a kernel of this project reports them.
-Tensor index_of(const Tensor& target, const Tensor& logits, const Options& options) {
-  const Tensor index = target.to(at::kLong).masked_fill(is_ignored(target, options), 0);
-  return index.clamp(0, logits.sym_size(class_dim(logits)) - 1);
+Tensor index_of(const Inputs& in) {
+  return in.target.to(at::kLong).masked_fill(is_ignored(in), 0).clamp(0, classes_of(in) - 1);
+}
+
+Tensor row_weight_of(const Inputs& in) {
+  const Tensor weight = in.row_weight->to(accumulator_of(in.logits.scalar_type()));
+  return in.logits.dim() == 1 ? weight.reshape({}) : weight;
+}
+
+// From logits as they are given to those that the loss is of.
+Tensor transformed(const Tensor& logits, const Inputs& in) {
+  Tensor z = logits;
+  if (in.options.logit_scale != 1) {
+    z = z * in.options.logit_scale;
+  }
+  if (in.logit_scale) {
+    z = z * in.logit_scale->to(z.scalar_type());
+  }
+  if (in.options.softcap) {
+    z = *in.options.softcap * at::tanh(z / *in.options.softcap);
+  }
+  return z;
 }
 
 // The operands of one call in the accumulator's dtype, the class dimension kept in all of them.
 struct Operands {
   int64_t dim;
-  Tensor z;             // logits, with 0 in ignored rows
+  Tensor z;             // the loss's logits, with 0 in ignored rows
   Tensor w;             // class weights, shaped to broadcast
+  Tensor q;             // probabilities
   Tensor index;         // of class-index targets
   Tensor kept;          // of class-index targets: 1, or 0 in ignored rows
   Tensor background;    // the coefficients of row_loss.h, but for that of an index target; undefined if they are 0
@@ -45,28 +84,30 @@ struct Operands {
   Tensor coefficients;  // the sum of all coefficients, per row
   double keep, uniform;
 
-  Operands(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options)
-      : dim(class_dim(logits)) {
-    const auto acc = accumulator_of(logits.scalar_type());
+  explicit Operands(const Inputs& in) : dim(class_dim(in.logits)) {
+    const auto acc = accumulator_of(in.logits.scalar_type());
     const auto smoothing =
-        make_smoothing<double>(options.label_smoothing, logits.sym_size(dim).guard_int(__FILE__, __LINE__));
+        make_smoothing<double>(in.options.label_smoothing, classes_of(in).guard_int(__FILE__, __LINE__));
     keep = smoothing.keep;
     uniform = smoothing.uniform;
-    z = logits.to(acc);
-    c10::SymDimVector broadcast(logits.dim(), 1);
-    broadcast[dim] = logits.sym_size(dim);
-    w = weight && weight->defined() ? weight->to(acc).view_symint(broadcast) : at::ones_symint(broadcast, z.options());
-    if (is_probabilities(logits, target)) {
-      background = w * (keep * target.to(acc) + uniform);
+    const Tensor x = valid(in.logits, dim, in).to(acc);
+    c10::SymDimVector broadcast(x.dim(), 1);
+    broadcast[dim] = x.sym_size(dim);
+    w = in.weight && in.weight->defined() ? valid(in.weight->to(acc), 0, in).view_symint(broadcast)
+                                          : at::ones_symint(broadcast, x.options());
+    if (is_probabilities(in)) {
+      z = transformed(x, in);
+      q = valid(in.target, dim, in).to(acc);
+      background = w * (keep * q + uniform);
       coefficients = background.sum(dim, /*keepdim=*/true);
       return;
     }
-    c10::SymDimVector column(logits.sym_sizes().begin(), logits.sym_sizes().end());
+    c10::SymDimVector column(x.sym_sizes().begin(), x.sym_sizes().end());
     column[dim] = 1;
-    const Tensor ignored = is_ignored(target, options).reshape_symint(column);
+    const Tensor ignored = is_ignored(in).reshape_symint(column);
     kept = ignored.logical_not().to(acc);
-    index = index_of(target, logits, options).reshape_symint(column);
-    z = z.masked_fill(ignored, 0);
+    index = index_of(in).reshape_symint(column);
+    z = transformed(x.masked_fill(ignored, 0), in);
     target_part = keep * w.expand_as(z).gather(dim, index) * kept;
     coefficients = target_part;
     if (uniform != 0) {
@@ -87,10 +128,9 @@ Tensor sum_to_classes(const Tensor& terms, const Tensor& weight, int64_t dim) {
 }
 
 // The gradient of each row's loss, to be broadcast over its classes.
-Tensor upstream_column(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                       const OptionalTensor& weight, const Options& options) {
-  const Tensor g = upstream_of_rows(grad_loss, logits, target, weight, options);
-  return options.reduction == at::Reduction::None && grad_loss.defined() ? g.unsqueeze(class_dim(logits)) : g;
+Tensor upstream_column(const Tensor& grad_loss, const Inputs& in) {
+  const Tensor g = upstream_of_rows(grad_loss, in);
+  return g.dim() == in.logits.dim() - 1 ? g.unsqueeze(class_dim(in.logits)) : g;
 }
 
 }  // namespace
@@ -99,43 +139,53 @@ Tensor lse(const Tensor& logits) {
   return at::logsumexp(logits.to(accumulator_of(logits.scalar_type())), class_dim(logits));
 }
 
-Tensor divisor(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options) {
-  if (options.reduction != at::Reduction::Mean) {
+Tensor divisor(const Inputs& in) {
+  if (in.options.reduction != at::Reduction::Mean) {
     return {};
   }
-  const auto acc = accumulator_of(logits.scalar_type());
-  if (is_probabilities(logits, target)) {
-    return at::full_symint({}, rows_of(logits), logits.options().dtype(acc));
+  const auto acc = in.logits.options().dtype(accumulator_of(in.logits.scalar_type()));
+  if (in.divides_by_given()) {
+    const Tensor by = at::full({}, in.options.divisor.value_or(1), acc);
+    return in.divisor ? by * in.divisor->to(acc) : by;
   }
-  const Tensor kept = is_ignored(target, options).logical_not().to(acc);
-  if (!weight || !weight->defined()) {
-    return kept.sum();
+  Tensor of_rows;
+  if (!is_probabilities(in)) {
+    of_rows = is_ignored(in).logical_not().to(acc.dtype());
+    if (in.weight && in.weight->defined()) {
+      of_rows = at::index(in.weight->to(acc.dtype()), {index_of(in)}) * of_rows;
+    }
+    of_rows = in.logits.dim() == 1 ? of_rows.reshape({}) : of_rows;
   }
-  return (at::index(weight->to(acc), {index_of(target, logits, options)}) * kept).sum();
+  if (in.row_weight) {
+    of_rows = of_rows.defined() ? of_rows * row_weight_of(in) : row_weight_of(in);
+  }
+  const Tensor by = of_rows.defined() ? of_rows.sum() : at::full_symint({}, rows_of(in.logits), acc);
+  return in.options.zero_if_empty ? by.masked_fill(by == 0, INFINITY) : by;
 }
 
-Tensor reduce(const Tensor& rows, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-              const Options& options) {
-  Tensor result = rows;
-  if (options.reduction != at::Reduction::None) {
-    const Tensor by = divisor(logits, target, weight, options);
-    result = by.defined() ? rows.sum() / by : rows.sum();
+Tensor reduce(const Tensor& rows, const Inputs& in) {
+  // Converted once, so that its gradients are added up before they are rounded.
+  const OptionalTensor weight = in.row_weight ? OptionalTensor(row_weight_of(in)) : std::nullopt;
+  Tensor result = weight ? rows * *weight : rows;
+  if (in.options.reduction != at::Reduction::None) {
+    const Tensor by = divisor({in.logits, in.target, in.weight, in.options, weight, in.logit_scale, in.divisor});
+    result = by.defined() ? result.sum() / by : result.sum();
   }
-  return result.to(loss_dtype(logits, options));
+  return result.to(loss_dtype(in));
 }
 
-Tensor upstream_of_rows(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                        const OptionalTensor& weight, const Options& options) {
-  const auto acc = accumulator_of(logits.scalar_type());
+Tensor upstream_of_rows(const Tensor& grad_loss, const Inputs& in) {
+  const auto acc = accumulator_of(in.logits.scalar_type());
   if (!grad_loss.defined()) {
-    return at::zeros({}, logits.options().dtype(acc));
+    return at::zeros({}, in.logits.options().dtype(acc));
   }
-  const Tensor by = divisor(logits, target, weight, options);
-  return by.defined() ? grad_loss.to(acc) / by : grad_loss.to(acc);
+  const Tensor by = divisor(in);
+  const Tensor g = by.defined() ? grad_loss.to(acc) / by : grad_loss.to(acc);
+  return in.row_weight ? g * row_weight_of(in) : g;
 }
 
-Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& options) {
-  const Operands o(logits, target, weight, options);
+Tensor loss(const Inputs& in) {
+  const Operands o(in);
   const Tensor lse = at::logsumexp(o.z, o.dim, /*keepdim=*/true);
   Tensor rows;
   if (o.index.defined()) {
@@ -145,60 +195,82 @@ Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& we
     const Tensor others = (o.background * (lse - o.z)).sum(o.dim, true);
     rows = rows.defined() ? rows + others : others;
   }
-  return reduce(rows.squeeze(o.dim), logits, target, weight, options);
+  if (in.options.z_loss != 0) {
+    const Tensor z_loss = in.options.z_loss * lse * lse;
+    rows = rows + (o.kept.defined() ? z_loss * o.kept : z_loss);
+  }
+  return reduce(rows.squeeze(o.dim), in);
 }
 
-Tensor logits_gradient(const Tensor& grad_loss, const Tensor& grad_lse, const Tensor& logits, const Tensor& target,
-                       const OptionalTensor& weight, const Options& options) {
-  const Operands o(logits, target, weight, options);
-  const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
+Tensor logit_scale_gradient(const Tensor& grad_loss, const Inputs& in) {
+  const Operands o(in);
+  const Tensor log_p = log_probabilities(o.z, o.dim);
+  Tensor grad = o.coefficients;
+  if (in.options.z_loss != 0) {
+    const Tensor lse = o.z.narrow(o.dim, 0, 1) - log_p.narrow(o.dim, 0, 1);
+    grad = grad + 2 * in.options.z_loss * (o.kept.defined() ? lse * o.kept : lse);
+  }
+  grad = grad * log_p.exp();
+  grad = o.background.defined() ? grad - o.background : grad;
+  if (o.index.defined()) {
+    grad = grad.scatter_add(o.dim, o.index, -o.target_part);
+  }
+  if (in.options.softcap) {
+    grad = grad * (1 - (o.z / *in.options.softcap).square());
+  }
+  const Tensor x = valid(in.logits, o.dim, in).to(o.z.scalar_type());
+  const Tensor terms = upstream_column(grad_loss, in) * grad * (o.kept.defined() ? x.masked_fill(o.kept == 0, 0) : x);
+  return (terms.sum() * in.options.logit_scale).to(in.logit_scale->options());
+}
+
+Tensor logits_gradient(const Tensor& grad_loss, const Tensor& grad_lse, const Inputs& in) {
+  const Operands o(in);
+  const Tensor g = upstream_column(grad_loss, in);
   Tensor grad = o.coefficients * log_probabilities(o.z, o.dim).exp();
   grad = g * (o.background.defined() ? grad - o.background : grad);
   if (o.index.defined()) {
     grad = grad.scatter_add(o.dim, o.index, -(g * o.target_part).expand_as(o.index)) * o.kept;
   }
   if (grad_lse.defined()) {
-    grad = grad + grad_lse.unsqueeze(o.dim) * log_probabilities(logits.to(o.z.scalar_type()), o.dim).exp();
+    grad = grad + grad_lse.unsqueeze(o.dim) * log_probabilities(in.logits.to(o.z.scalar_type()), o.dim).exp();
   }
-  return grad.to(logits.scalar_type());
+  return grad.to(in.logits.scalar_type());
 }
 
-Tensor target_gradient(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                       const OptionalTensor& weight, const Options& options) {
-  const Operands o(logits, target, weight, options);
-  const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
-  return (-g * o.keep * o.w * log_probabilities(o.z, o.dim)).to(target.scalar_type());
+Tensor target_gradient(const Tensor& grad_loss, const Inputs& in) {
+  const Operands o(in);
+  const Tensor g = upstream_column(grad_loss, in);
+  const Tensor grad = -g * o.keep * o.w * log_probabilities(o.z, o.dim);
+  return padded(grad, o.dim, in.target).to(in.target.scalar_type());
 }
 
-Tensor weight_gradient(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& weight,
-                       const Options& options) {
-  const Operands o(logits, target, weight, options);
-  const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
-  const Tensor smoothed = o.keep * target.to(o.z.scalar_type()) + o.uniform;
-  return sum_to_classes(-g * smoothed * log_probabilities(o.z, o.dim), weight, o.dim);
+Tensor weight_gradient(const Tensor& grad_loss, const Inputs& in) {
+  const Operands o(in);
+  const Tensor g = upstream_column(grad_loss, in);
+  const Tensor grad = -g * (o.keep * o.q + o.uniform) * log_probabilities(o.z, o.dim);
+  return padded(sum_to_classes(grad, *in.weight, o.dim), 0, *in.weight);
 }
 
 // With logits_gradient() G_c = g (A p_c − a_c) + h p_c, a the coefficients and A their sum, and v its upstream
 // gradient.
 std::array<Tensor, 5> gradients_of_gradient(const Tensor& upstream, const Tensor& grad_loss, const Tensor& grad_lse,
-                                            const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                            const Options& options) {
-  const Operands o(logits, target, weight, options);
+                                            const Inputs& in) {
+  const Operands o(in);
   const auto acc = o.z.scalar_type();
   const Tensor v = upstream.to(acc);
-  const Tensor g = upstream_column(grad_loss, logits, target, weight, options);
+  const Tensor g = upstream_column(grad_loss, in);
   const Tensor p = log_probabilities(o.z, o.dim).exp();
   const Tensor vp = (v * p).sum(o.dim, /*keepdim=*/true);
 
   std::array<Tensor, 5> result;
   result[2] = g * o.coefficients * p * (v - vp);
   if (grad_lse.defined()) {
-    const Tensor q = log_probabilities(logits.to(acc), o.dim).exp();  // also of ignored rows
-    const Tensor vq = (v * q).sum(o.dim, true);
-    result[1] = vq.squeeze(o.dim).to(grad_lse.scalar_type());
-    result[2] = result[2] + grad_lse.to(acc).unsqueeze(o.dim) * q * (v - vq);
+    const Tensor of_all_rows = log_probabilities(in.logits.to(acc), o.dim).exp();  // also of ignored rows
+    const Tensor vp_of_all = (v * of_all_rows).sum(o.dim, true);
+    result[1] = vp_of_all.squeeze(o.dim).to(grad_lse.scalar_type());
+    result[2] = result[2] + grad_lse.to(acc).unsqueeze(o.dim) * of_all_rows * (v - vp_of_all);
   }
-  result[2] = result[2].to(logits.scalar_type());
+  result[2] = result[2].to(in.logits.scalar_type());
   if (grad_loss.defined()) {
     Tensor of_rows = o.coefficients * vp;
     if (o.index.defined()) {
@@ -207,15 +279,15 @@ std::array<Tensor, 5> gradients_of_gradient(const Tensor& upstream, const Tensor
     if (o.background.defined()) {
       of_rows = of_rows - (o.background * v).sum(o.dim, true);
     }
-    Options in_dtype_of_sum = options;
+    Options in_dtype_of_sum = in.options;
     in_dtype_of_sum.full_precision = true;
-    result[0] = reduce(of_rows.squeeze(o.dim), logits, target, weight, in_dtype_of_sum).to(grad_loss.scalar_type());
+    result[0] = reduce(of_rows.squeeze(o.dim), in.with(in_dtype_of_sum)).to(grad_loss.scalar_type());
   }
   if (!o.index.defined()) {
     const Tensor of_coefficients = g * (vp - v);
-    result[3] = (o.keep * o.w * of_coefficients).to(target.scalar_type());
-    if (weight && weight->defined()) {
-      result[4] = sum_to_classes((o.keep * target.to(acc) + o.uniform) * of_coefficients, *weight, o.dim);
+    result[3] = (o.keep * o.w * of_coefficients).to(in.target.scalar_type());
+    if (in.weight && in.weight->defined()) {
+      result[4] = sum_to_classes((o.keep * o.q + o.uniform) * of_coefficients, *in.weight, o.dim);
     }
   }
   return result;

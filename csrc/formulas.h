@@ -15,30 +15,30 @@ namespace ce::formulas {
 at::Tensor lse(const at::Tensor& logits);
 
 // What the reduction divides by; undefined if it is not the mean.
-at::Tensor divisor(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options&);
+at::Tensor divisor(const Inputs&);
 
-// The reduction of each row's loss, in the loss's dtype.
-at::Tensor reduce(const at::Tensor& rows, const at::Tensor& logits, const at::Tensor& target,
-                  const OptionalTensor& weight, const Options&);
+// The reduction of each row's loss, row weights included, in the loss's dtype.
+at::Tensor reduce(const at::Tensor& rows, const Inputs&);
 
-// The gradient of each row's loss, given that of the reduced loss: of shape (), or (rows) without a reduction.
-at::Tensor upstream_of_rows(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
-                            const OptionalTensor& weight, const Options&);
+// The gradient of each row's loss before its row weight, given that of the reduced loss: of shape (), or (rows) without
+// a reduction or with row weights.
+at::Tensor upstream_of_rows(const at::Tensor& grad_loss, const Inputs&);
 
-at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options&);
+// Differentiable in every operand.
+at::Tensor loss(const Inputs&);
 
-// An undefined upstream gradient is 0. Targets and class weights have a gradient where the target is probabilities.
-at::Tensor logits_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse, const at::Tensor& logits,
-                           const at::Tensor& target, const OptionalTensor& weight, const Options&);
-at::Tensor target_gradient(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
-                           const OptionalTensor& weight, const Options&);
-at::Tensor weight_gradient(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
-                           const at::Tensor& weight, const Options&);
+// The gradient of the tensor among the logits' scales.
+at::Tensor logit_scale_gradient(const at::Tensor& grad_loss, const Inputs&);
+
+// The others are of plain inputs. An undefined upstream gradient is 0. Targets and class weights have a gradient where
+// the target is probabilities.
+at::Tensor logits_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse, const Inputs&);
+at::Tensor target_gradient(const at::Tensor& grad_loss, const Inputs&);
+at::Tensor weight_gradient(const at::Tensor& grad_loss, const Inputs&);
 
 // Of what logits_gradient() gives, given its own upstream gradient: with respect to grad_loss, grad_lse, the
 // logits, probability targets and the class weights.
 std::array<at::Tensor, 5> gradients_of_gradient(const at::Tensor& upstream, const at::Tensor& grad_loss,
-                                                const at::Tensor& grad_lse, const at::Tensor& logits,
-                                                const at::Tensor& target, const OptionalTensor& weight, const Options&);
+                                                const at::Tensor& grad_lse, const Inputs&);
 
 }  // namespace ce::formulas

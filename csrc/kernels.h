@@ -35,6 +35,12 @@ struct Operand {
 using Input = Operand<const void*>;
 using Output = Operand<void*>;
 
+// A number, times one that only the device knows where `data` (acc) is given.
+struct Scalar {
+  double value = 1;
+  const void* data = nullptr;
+};
+
 // The first target out of bounds that kernels have met.
 struct BadTarget {
   int64_t row = INT64_MAX;  // of the target's own shape, counted through
@@ -58,8 +64,13 @@ struct Problem {
   const void* weight = nullptr;  // (classes), acc
   int64_t ignore_index = -100;
   double label_smoothing = 0;
-  double divisor = 1;              // what `total` and the gradients are divided by, unless
-  bool divides_by_weight = false;  // CUDA: it is the sum of the kept rows' class weights, which the kernels find
+  double z_loss = 0;
+  double softcap = 0;  // 0: none
+  Scalar logit_scale;
+  Input row_weight;                // (rows), acc; 1 where null. `loss` is without it, `total` and the gradients with it
+  Scalar divisor;                  // what `total` and the gradients are divided by, unless
+  bool divides_by_weight = false;  // CUDA: it is the sum of the kept rows' weights, which the kernels find
+  bool zero_if_empty = false;      // a sum of weights of 0 makes them 0, not NaN
 
   int64_t row_strides[kMaxDims] = {};  // of loss, max, sum and lse
   void* loss = nullptr;                // (rows), acc
@@ -76,6 +87,7 @@ struct Problem {
   bool streams_grad = false;               // CPU: whether it may be stored past the caches
 
   void* workspace = nullptr;        // CUDA: memory of the device for the kernels' own use, see workspace_size()
+  double* partial_sums = nullptr;   // CUDA: the same, see weight_backward_sums()
   BadTarget* bad_target = nullptr;  // CUDA: where kernels report a target that is out of bounds
 };
 
@@ -83,7 +95,7 @@ struct Problem {
 struct TargetSummary {
   int64_t bad_row = -1;  // the first row whose target is out of bounds, or −1
   int64_t bad_target = 0;
-  double weight = 0;  // Σ of the kept rows' class weights: the divisor of the mean
+  double weight = 0;  // Σ of the kept rows' class weights times their own: the divisor of the mean
 };
 
 namespace cpu {
@@ -98,6 +110,8 @@ void backward(const Problem&);
 void target_backward(const Problem&);
 // The gradient of the class weights under probability targets, (classes) of acc, written to `grad`.
 void weight_backward(const Problem&);
+// The gradient of the logits' scale, () of acc, written to `grad`.
+void logit_scale_backward(const Problem&);
 // Multiplies `count` dense elements of type `dtype` by *factor (acc); does nothing where it is 1.
 void scale(DType dtype, void* data, int64_t count, const void* factor);
 
@@ -111,12 +125,15 @@ using Stream = void*;  // cudaStream_t
 
 // Bytes of device memory that a call needs.
 int64_t workspace_size(const Problem&);
-int64_t weight_backward_workspace_size(const Problem&);
+// Partial sums that these need besides.
+int64_t weight_backward_sums(const Problem&);
+int64_t logit_scale_backward_sums();
 
 void forward(const Problem&, Stream);
 void backward(const Problem&, Stream);
 void target_backward(const Problem&, Stream);
 void weight_backward(const Problem&, Stream);
+void logit_scale_backward(const Problem&, Stream);
 void scale(DType dtype, void* data, int64_t count, const void* factor, DType factor_type, Stream);
 
 // The record that kernels on `device` report to, in memory that the host reads too.

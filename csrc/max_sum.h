@@ -40,7 +40,8 @@ struct MaxSum {
   CE_HOST_DEVICE T log_sum() const { return std::log(sum); }
 
   // ln Σ exp(x). A row that holds +inf has lse +inf although its sum is NaN (inf − inf).
-  CE_HOST_DEVICE T lse() const { return max == INFINITY ? max : max + log_sum(); }
+  CE_HOST_DEVICE T lse() const { return lse(log_sum()); }
+  CE_HOST_DEVICE T lse(T log_of_sum) const { return max == INFINITY ? max : max + log_of_sum; }
 };
 
 }  // namespace ce

@@ -51,6 +51,10 @@ double number(py::handle object, const char* name, int position) {
   return PyFloat_AsDouble(object.ptr());
 }
 
+ce::OptionalTensor optional_tensor(py::handle object, const char* name, int position) {
+  return object.is_none() ? std::nullopt : ce::OptionalTensor(tensor(object, name, position));
+}
+
 struct Arguments {
   at::Tensor logits, target;
   ce::OptionalTensor weight;
@@ -61,23 +65,45 @@ struct Arguments {
             py::handle label_smoothing_)
       : logits(tensor(input, "input", 1)),
         target(tensor(target_, "target", 2)),
+        weight(optional_tensor(weight_, "weight", 3)),
         ignore_index(integer(ignore_index_, "ignore_index", 5)),
-        label_smoothing(number(label_smoothing_, "label_smoothing", 6)) {
-    if (!weight_.is_none()) {
-      weight = tensor(weight_, "weight", 3);
-    }
-  }
+        label_smoothing(number(label_smoothing_, "label_smoothing", 6)) {}
 };
+
+at::Tensor loss(const ce::Inputs& in, bool inplace) {
+  const py::gil_scoped_release no_gil;
+  return inplace ? ce::cross_entropy_(in) : ce::cross_entropy(in);
+}
 
 at::Tensor cross_entropy(py::handle input, py::handle target, py::handle weight, int64_t reduction,
                          py::handle ignore_index, py::handle label_smoothing, bool inplace) {
   HANDLE_TH_ERRORS
   const Arguments a(input, target, weight, ignore_index, label_smoothing);
-  py::gil_scoped_release no_gil;
-  if (inplace) {
-    return ce::cross_entropy_(a.logits, a.target, a.weight, reduction, a.ignore_index, a.label_smoothing, false);
-  }
-  return ce::cross_entropy(a.logits, a.target, a.weight, reduction, a.ignore_index, a.label_smoothing, false);
+  return loss({a.logits, a.target, a.weight, {reduction, a.ignore_index, a.label_smoothing}}, inplace);
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+// With what torch's loss does not have.
+at::Tensor cross_entropy_with_options(py::handle input, py::handle target, py::handle weight, int64_t reduction,
+                                      py::handle ignore_index, py::handle label_smoothing, bool inplace,
+                                      bool full_precision, py::handle row_weight, py::handle logit_scale_tensor,
+                                      py::handle divisor_tensor, double z_loss, std::optional<double> softcap,
+                                      double logit_scale, std::optional<double> divisor,
+                                      std::optional<int64_t> valid_classes, bool zero_if_empty) {
+  HANDLE_TH_ERRORS
+  const Arguments a(input, target, weight, ignore_index, label_smoothing);
+  const ce::OptionalTensor of_rows = optional_tensor(row_weight, "row_weight", 7);
+  const ce::OptionalTensor scale = optional_tensor(logit_scale_tensor, "logit_scale", 8);
+  const ce::OptionalTensor by = optional_tensor(divisor_tensor, "divisor", 9);
+  return loss({a.logits,
+               a.target,
+               a.weight,
+               {reduction, a.ignore_index, a.label_smoothing, full_precision, z_loss, softcap, logit_scale, divisor,
+                valid_classes, zero_if_empty},
+               of_rows,
+               scale,
+               by},
+              inplace);
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
@@ -128,6 +154,7 @@ BuildInfo build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", &cross_entropy);
+  m.def("cross_entropy_with_options", &cross_entropy_with_options);
   m.def("row_stats", &row_stats);
   m.def("check_errors", &check_errors);
   m.def("release_memory", &ce::cpu::release_large, py::call_guard<py::gil_scoped_release>());

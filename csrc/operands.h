@@ -82,6 +82,32 @@ CE_HOST_DEVICE Smoothing<A> smoothing_of(const Problem& p) {
   return make_smoothing<A>(p.label_smoothing, p.classes);
 }
 
+template <typename A>
+CE_HOST_DEVICE A value_of(const Scalar& scalar) {
+  return scalar.data ? A(scalar.value) * *static_cast<const A*>(scalar.data) : A(scalar.value);
+}
+
+// What a mean divides by whose weights sum up to `weight`.
+CE_HOST_DEVICE double divisor_of_mean(double weight, const Problem& p) {
+  return weight == 0 && p.zero_if_empty ? INFINITY : weight;
+}
+
+// Whether the loss is of other logits than those that are given.
+CE_HOST_DEVICE bool transforms(const Problem& p) {
+  return p.logit_scale.value != 1 || p.logit_scale.data || p.softcap > 0;
+}
+
+template <typename A>
+CE_HOST_DEVICE LogitTransform<A> transform_of(const Problem& p) {
+  return {value_of<A>(p.logit_scale), A(p.softcap)};
+}
+
+template <typename A>
+CE_HOST_DEVICE A row_weight_of(const Problem& p, int64_t row) {
+  const Input& weight = p.row_weight;
+  return weight.data ? static_cast<const A*>(weight.data)[row_offset(p, row, weight.strides)] : A(1);
+}
+
 // Whether classes other than an index target have coefficients.
 CE_HOST_DEVICE bool has_coefficients(const Problem& p) {
   return p.target_type == TargetType::kProbabilities || p.label_smoothing > 0;

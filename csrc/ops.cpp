@@ -1,7 +1,6 @@
 #include "ops.h"
 
 #include <ATen/core/Reduction.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
@@ -10,6 +9,7 @@
 
 #include <cmath>
 
+#include "arguments.h"
 #include "backends.h"
 #include "checks.h"
 #include "formulas.h"
@@ -25,44 +25,43 @@ using at::Tensor;
 template <typename Backend>
 struct Kernels {
   // The one way into the forward kernel: the loss in its dtype; the caller has asked `builder` for the other results.
-  static Tensor run_forward(Backend& backend, ProblemBuilder& builder, const Tensor& logits, const Options& options) {
-    const ScalarType dtype = loss_dtype(logits, options);
-    Tensor loss = builder.add_row_result(&Problem::loss);
-    Problem& problem = builder.problem();
-    backend.prepare(problem, options.reduction);
-    if (builder.is_empty()) {
-      const double total = options.reduction == at::Reduction::Mean ? NAN : 0;
-      return options.reduction == at::Reduction::None ? loss.zero_().to(dtype)
-                                                      : at::full({}, total, logits.options().dtype(dtype));
-    }
-    if (options.reduction == at::Reduction::None) {
+  static Tensor run_forward(Backend& backend, ProblemBuilder& builder, const Inputs& in) {
+    const ScalarType dtype = loss_dtype(in);
+    if (in.options.reduction == at::Reduction::None) {
+      Tensor loss = builder.add_row_result(&Problem::loss);
+      Problem& problem = builder.problem();
+      backend.prepare(problem, in);
+      if (builder.is_empty()) {
+        return loss.zero_().to(dtype);
+      }
       backend.forward(problem);
-      return loss.to(dtype);
+      return (in.row_weight ? loss.mul_(in.row_weight->detach().view_as(loss)) : loss).to(dtype);
     }
-    return backend.forward_total(problem, logits.options().dtype(dtype));
+    Problem& problem = builder.problem();
+    backend.prepare(problem, in);
+    if (builder.is_empty()) {
+      const bool is_zero =
+          in.options.reduction != at::Reduction::Mean || in.divides_by_given() || in.options.zero_if_empty;
+      return at::full({}, is_zero ? 0 : NAN, in.logits.options().dtype(dtype));
+    }
+    return backend.forward_total(problem, in.logits.options().dtype(dtype));
   }
 
-  static Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                     c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-    const Options options{reduction, ignore_index, label_smoothing, full_precision};
-    check(logits, target, weight, options);
-    Backend backend(logits);
-    ProblemBuilder builder(logits, target, weight, options);
-    return run_forward(backend, builder, logits, options);
+  static Tensor loss(const Inputs& in) {
+    check(in);
+    Backend backend(in.logits);
+    ProblemBuilder builder(in);
+    return run_forward(backend, builder, in);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
-                                                            const OptionalTensor& weight, int64_t reduction,
-                                                            c10::SymInt ignore_index, double label_smoothing,
-                                                            bool full_precision) {
-    const Options options{reduction, ignore_index, label_smoothing, full_precision};
-    check(logits, target, weight, options);
-    Backend backend(logits);
-    ProblemBuilder builder(logits, target, weight, options);
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
+    check(in);
+    Backend backend(in.logits);
+    ProblemBuilder builder(in);
     Tensor max = builder.add_row_result(&Problem::max);
     Tensor sum = builder.add_row_result(&Problem::sum);
     Tensor lse = builder.add_row_result(&Problem::lse);
-    Tensor loss = run_forward(backend, builder, logits, options);
+    Tensor loss = run_forward(backend, builder, in);
     if (builder.is_empty()) {
       max.fill_(-INFINITY);
       sum.zero_();
@@ -71,94 +70,102 @@ struct Kernels {
     return {loss, max, sum, lse};
   }
 
-  static Tensor forward_into(Backend& backend, const NewGrad& grad, const Tensor& logits, const Tensor& target,
-                             const OptionalTensor& weight, const Options& options) {
-    ProblemBuilder builder(logits, target, weight, options);
-    builder.add_grad(grad.tensor, grad.streams);
-    return run_forward(backend, builder, logits, options);
+  // The kernels leave the columns of padding alone.
+  static void clear_padding(const Tensor& grad, const Inputs& in) {
+    if (in.options.valid_classes) {
+      const int64_t dim = class_dim(in.logits);
+      const int64_t valid = in.options.valid_classes->guard_int(__FILE__, __LINE__);
+      grad.narrow(dim, valid, grad.size(dim) - valid).zero_();
+    }
   }
 
-  static std::tuple<Tensor, Tensor> forward_grad(const Tensor& logits, const Tensor& target,
-                                                 const OptionalTensor& weight, int64_t reduction,
-                                                 c10::SymInt ignore_index, double label_smoothing,
-                                                 bool full_precision) {
-    const Options options{reduction, ignore_index, label_smoothing, full_precision};
-    check(logits, target, weight, options);
-    Backend backend(logits);
-    const NewGrad grad = backend.empty_grad(logits);
-    Tensor loss = forward_into(backend, grad, logits, target, weight, options);
+  static Tensor forward_into(Backend& backend, const NewGrad& grad, const Inputs& in) {
+    ProblemBuilder builder(in);
+    builder.add_grad(grad.tensor, grad.streams);
+    Tensor loss = run_forward(backend, builder, in);
+    clear_padding(grad.tensor, in);
+    return loss;
+  }
+
+  static std::tuple<Tensor, Tensor> forward_grad(const Inputs& in) {
+    check(in);
+    Backend backend(in.logits);
+    const NewGrad grad = backend.empty_grad(in.logits);
+    Tensor loss = forward_into(backend, grad, in);
     return {loss, grad.tensor};
   }
 
-  static Tensor forward_grad_(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                              c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-    const Options options{reduction, ignore_index, label_smoothing, full_precision};
-    check(logits, target, weight, options);
-    Backend backend(logits);
-    return forward_into(backend, {logits}, logits, target, weight, options);
+  static Tensor forward_grad_(const Inputs& in) {
+    check(in);
+    Backend backend(in.logits);
+    return forward_into(backend, {in.logits}, in);
   }
 
   // The one way into the backward kernels.
   static void run_backward(Backend& backend, void (Backend::*kernel)(Problem&), const NewGrad& out,
-                           const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
-                           const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
-                           const Options& options) {
-    if (logits.numel() == 0) {
+                           const BackwardInputs& b, const Inputs& in) {
+    if (in.logits.numel() == 0) {
       out.tensor.zero_();
       return;
     }
-    ProblemBuilder builder(logits, target, weight, options);
-    builder.add_row_input(&Problem::max, max);
-    builder.add_row_input(&Problem::sum, sum);
-    builder.add_grad_loss(grad_loss);
-    if (grad_lse && grad_lse->defined()) {
-      builder.add_grad_lse(*grad_lse);
+    ProblemBuilder builder(in);
+    builder.add_row_input(&Problem::max, b.max);
+    builder.add_row_input(&Problem::sum, b.sum);
+    builder.add_grad_loss(b.grad_loss);
+    if (b.grad_lse && b.grad_lse->defined()) {
+      builder.add_grad_lse(*b.grad_lse);
     }
-    if (out.tensor.sizes() == logits.sizes()) {
+    const bool is_of_logits_shape = out.tensor.sizes() == in.logits.sizes();
+    if (is_of_logits_shape) {
       builder.add_grad(out.tensor, out.streams);
     }
     Problem& problem = builder.problem();
     problem.grad.data = out.tensor.data_ptr();
-    backend.prepare(problem, options.reduction);
+    backend.prepare(problem, in);
     (backend.*kernel)(problem);
+    if (is_of_logits_shape) {
+      clear_padding(out.tensor, in);
+    }
   }
 
-  static Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits,
-                         const Tensor& target, const OptionalTensor& weight, const Tensor& max, const Tensor& sum,
-                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-    Backend backend(logits);
-    const NewGrad grad = backend.empty_grad(logits);
-    run_backward(backend, &Backend::backward, grad, grad_loss, grad_lse, logits, target, weight, max, sum,
-                 {reduction, ignore_index, label_smoothing});
+  static Tensor backward(const BackwardInputs& b, const Inputs& in) {
+    Backend backend(in.logits);
+    const NewGrad grad = backend.empty_grad(in.logits);
+    run_backward(backend, &Backend::backward, grad, b, in);
     return grad.tensor;
   }
 
-  static void backward_(Tensor& logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
-                        const Tensor& max, const Tensor& sum, int64_t reduction, c10::SymInt ignore_index,
-                        double label_smoothing) {
-    Backend backend(logits);
-    run_backward(backend, &Backend::backward, {logits}, grad_loss, std::nullopt, logits, target, weight, max, sum,
-                 {reduction, ignore_index, label_smoothing});
+  static void backward_(const BackwardInputs& b, const Inputs& in) {
+    Backend backend(in.logits);
+    run_backward(backend, &Backend::backward, {in.logits}, b, in);
   }
 
-  static Tensor target_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                                const OptionalTensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
-                                double label_smoothing) {
-    Backend backend(logits);
-    const NewGrad grad = backend.empty_grad(target);
-    run_backward(backend, &Backend::target_backward, grad, grad_loss, std::nullopt, logits, target, weight, max, sum,
-                 {reduction, -100, label_smoothing});
+  static Tensor target_backward(const BackwardInputs& b, const Inputs& in) {
+    Backend backend(in.logits);
+    const NewGrad grad = backend.empty_grad(in.target);
+    run_backward(backend, &Backend::target_backward, grad, b, in);
     return grad.tensor;
   }
 
-  static Tensor weight_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                                const Tensor& weight, const Tensor& max, const Tensor& sum, int64_t reduction,
-                                double label_smoothing) {
-    Backend backend(logits);
-    Tensor grad = at::empty(weight.sizes(), weight.options().dtype(accumulator_of(logits.scalar_type())));
-    run_backward(backend, &Backend::weight_backward, {grad}, grad_loss, std::nullopt, logits, target, weight, max, sum,
-                 {reduction, -100, label_smoothing});
+  static Tensor weight_backward(const BackwardInputs& b, const Inputs& in) {
+    Backend backend(in.logits);
+    const Tensor& weight = *in.weight;
+    Tensor grad = at::empty(weight.sizes(), weight.options().dtype(accumulator_of(in.logits.scalar_type())));
+    if (in.options.valid_classes) {
+      grad.zero_();
+    }
+    run_backward(backend, &Backend::weight_backward, {grad}, b, in);
     return grad.to(weight.scalar_type());
+  }
+
+  static Tensor logit_scale_backward(const BackwardInputs& b, const Inputs& in) {
+    Backend backend(in.logits);
+    Tensor grad = at::empty({}, in.logits.options().dtype(accumulator_of(in.logits.scalar_type())));
+    run_backward(backend, &Backend::logit_scale_backward, {grad}, b, in);
+    if (in.options.logit_scale != 1) {
+      grad.mul_(in.options.logit_scale);
+    }
+    return grad.to(in.logit_scale->options());
   }
 
   static void scale_(Tensor& grad, const Tensor& factor) {
@@ -167,21 +174,21 @@ struct Kernels {
   }
 
   static void add_to(torch::Library& m) {
-    m.impl("loss", &loss);
-    m.impl("forward", &forward);
-    m.impl("forward_grad", &forward_grad);
-    m.impl("forward_grad_", &forward_grad_);
-    m.impl("backward", &backward);
-    m.impl("backward_", &backward_);
-    m.impl("target_backward", &target_backward);
-    m.impl("weight_backward", &weight_backward);
+    m.impl("loss", &unpacked<&loss>);
+    m.impl("forward", &unpacked<&forward>);
+    m.impl("forward_grad", &unpacked<&forward_grad>);
+    m.impl("forward_grad_", &unpacked<&forward_grad_>);
+    m.impl("backward", &unpacked_backward<&backward>);
+    m.impl("backward_", &unpacked_backward<&backward_>);
+    m.impl("target_backward", &unpacked_backward<&target_backward>);
+    m.impl("weight_backward", &unpacked_backward<&weight_backward>);
+    m.impl("logit_scale_backward", &unpacked_backward<&logit_scale_backward>);
     m.impl("scale_", &scale_);
   }
 };
 
-using OnCpu = Kernels<CpuBackend>;
-
 // The same on meta tensors: what is checked without data, and the results' shapes and dtypes.
+namespace meta {
 
 c10::SymDimVector row_sizes(const Tensor& logits) {
   c10::SymDimVector sizes(logits.sym_sizes().begin(), logits.sym_sizes().end());
@@ -189,167 +196,136 @@ c10::SymDimVector row_sizes(const Tensor& logits) {
   return sizes;
 }
 
-Tensor empty_loss(const Tensor& logits, const Options& options) {
-  const c10::SymDimVector sizes = options.reduction == at::Reduction::None ? row_sizes(logits) : c10::SymDimVector();
-  return at::empty_symint(sizes, logits.options().dtype(loss_dtype(logits, options)));
+Tensor loss(const Inputs& in) {
+  check(in);
+  const c10::SymDimVector sizes =
+      in.options.reduction == at::Reduction::None ? row_sizes(in.logits) : c10::SymDimVector();
+  return at::empty_symint(sizes, in.logits.options().dtype(loss_dtype(in)));
 }
 
-Tensor loss_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                 c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  const Options options{reduction, ignore_index, label_smoothing, full_precision};
-  check(logits, target, weight, options);
-  return empty_loss(logits, options);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_meta(const Tensor& logits, const Tensor& target,
-                                                        const OptionalTensor& weight, int64_t reduction,
-                                                        c10::SymInt ignore_index, double label_smoothing,
-                                                        bool full_precision) {
-  Tensor loss = loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, full_precision);
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
+  Tensor of_loss = loss(in);
   const auto rows = [&] {
-    return at::empty_symint(row_sizes(logits), logits.options().dtype(accumulator_of(logits.scalar_type())));
+    const auto accumulator = accumulator_of(in.logits.scalar_type());
+    return at::empty_symint(row_sizes(in.logits), in.logits.options().dtype(accumulator));
   };
-  return {loss, rows(), rows(), rows()};
+  return {of_loss, rows(), rows(), rows()};
 }
 
-std::tuple<Tensor, Tensor> forward_grad_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                             int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                             bool full_precision) {
-  return {loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, full_precision),
-          at::empty_like(logits)};
+std::tuple<Tensor, Tensor> forward_grad(const Inputs& in) {
+  return {loss(in), at::empty_like(in.logits)};
 }
 
-Tensor forward_grad__meta(Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                          c10::SymInt ignore_index, double label_smoothing, bool full_precision) {
-  return loss_meta(logits, target, weight, reduction, ignore_index, label_smoothing, full_precision);
+Tensor forward_grad_(const Inputs& in) {
+  return loss(in);
 }
 
-Tensor backward_meta(const Tensor&, const OptionalTensor&, const Tensor& logits, const Tensor&, const OptionalTensor&,
-                     const Tensor&, const Tensor&, int64_t, int64_t, double) {
-  return at::empty_like(logits);
+Tensor backward(const BackwardInputs&, const Inputs& in) {
+  return at::empty_like(in.logits);
 }
 
-void backward__meta(Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, int64_t,
-                    int64_t, double) {}
+void backward_(const BackwardInputs&, const Inputs&) {}
 
-Tensor target_backward_meta(const Tensor&, const Tensor&, const Tensor& target, const OptionalTensor&, const Tensor&,
-                            const Tensor&, int64_t, double) {
-  return at::empty_like(target);
+Tensor target_backward(const BackwardInputs&, const Inputs& in) {
+  return at::empty_like(in.target);
 }
 
-Tensor weight_backward_meta(const Tensor&, const Tensor&, const Tensor&, const Tensor& weight, const Tensor&,
-                            const Tensor&, int64_t, double) {
-  return at::empty_like(weight);
+Tensor weight_backward(const BackwardInputs&, const Inputs& in) {
+  return at::empty_like(*in.weight);
 }
 
-void scale__meta(Tensor&, const Tensor&) {}
+Tensor logit_scale_backward(const BackwardInputs&, const Inputs& in) {
+  return at::empty_like(*in.logit_scale);
+}
 
-// Calls the operator `name`, whose schema has this C++ signature, through the dispatcher.
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+void scale_(Tensor&, const Tensor&) {}
+
+}  // namespace meta
+
+Tensor divisor_of_mean(const Inputs& in) {
+  return formulas::divisor(in);
 }
 
 }  // namespace
 
 namespace op {
 
-Tensor loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Options& o) {
-  static const auto call = find<decltype(OnCpu::loss)>("cross_entropy::loss");
-  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.full_precision);
+Tensor loss(const Inputs& in) {
+  static const Operator<Tensor> call("cross_entropy::loss");
+  return call(in);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target,
-                                                   const OptionalTensor& weight, const Options& o) {
-  static const auto call = find<decltype(OnCpu::forward)>("cross_entropy::forward");
-  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.full_precision);
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
+  static const Operator<std::tuple<Tensor, Tensor, Tensor, Tensor>> call("cross_entropy::forward");
+  return call(in);
 }
 
-std::tuple<Tensor, Tensor> forward_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                        const Options& o) {
-  static const auto call = find<decltype(OnCpu::forward_grad)>("cross_entropy::forward_grad");
-  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.full_precision);
+std::tuple<Tensor, Tensor> forward_grad(const Inputs& in) {
+  static const Operator<std::tuple<Tensor, Tensor>> call("cross_entropy::forward_grad");
+  return call(in);
 }
 
-Tensor forward_grad_(Tensor logits, const Tensor& target, const OptionalTensor& weight, const Options& o) {
-  static const auto call = find<decltype(OnCpu::forward_grad_)>("cross_entropy::forward_grad_");
-  return call.call(logits, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.full_precision);
+Tensor forward_grad_(const Inputs& in) {
+  static const Operator<Tensor> call("cross_entropy::forward_grad_");
+  return call(in);
 }
 
-Tensor backward(const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& logits, const Tensor& target,
-                const OptionalTensor& weight, const Tensor& max, const Tensor& sum, const Options& o) {
-  static const auto call = find<decltype(OnCpu::backward)>("cross_entropy::backward");
-  return call.call(grad_loss, grad_lse, logits, target, weight, max, sum, o.reduction, o.ignore_index,
-                   o.label_smoothing);
+Tensor backward(const BackwardInputs& b, const Inputs& in) {
+  static const BackwardOperator<Tensor> call("cross_entropy::backward");
+  return call(b, in);
 }
 
-void backward_(Tensor logits, const Tensor& grad_loss, const Tensor& target, const OptionalTensor& weight,
-               const Tensor& max, const Tensor& sum, const Options& o) {
-  static const auto call = find<decltype(OnCpu::backward_)>("cross_entropy::backward_");
-  call.call(logits, grad_loss, target, weight, max, sum, o.reduction, o.ignore_index, o.label_smoothing);
+void backward_(const BackwardInputs& b, const Inputs& in) {
+  static const BackwardOperator<void> call("cross_entropy::backward_");
+  call(b, in);
 }
 
-Tensor target_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                       const OptionalTensor& weight, const Tensor& max, const Tensor& sum, const Options& o) {
-  static const auto call = find<decltype(OnCpu::target_backward)>("cross_entropy::target_backward");
-  return call.call(grad_loss, logits, target, weight, max, sum, o.reduction, o.label_smoothing);
+Tensor target_backward(const BackwardInputs& b, const Inputs& in) {
+  static const BackwardOperator<Tensor> call("cross_entropy::target_backward");
+  return call(b, in);
 }
 
-Tensor weight_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& weight,
-                       const Tensor& max, const Tensor& sum, const Options& o) {
-  static const auto call = find<decltype(OnCpu::weight_backward)>("cross_entropy::weight_backward");
-  return call.call(grad_loss, logits, target, weight, max, sum, o.reduction, o.label_smoothing);
+Tensor weight_backward(const BackwardInputs& b, const Inputs& in) {
+  static const BackwardOperator<Tensor> call("cross_entropy::weight_backward");
+  return call(b, in);
+}
+
+Tensor logit_scale_backward(const BackwardInputs& b, const Inputs& in) {
+  static const BackwardOperator<Tensor> call("cross_entropy::logit_scale_backward");
+  return call(b, in);
 }
 
 void scale_(Tensor grad, const Tensor& factor) {
-  static const auto call = find<decltype(OnCpu::scale_)>("cross_entropy::scale_");
+  static const auto call =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cross_entropy::scale_", "").typed<void(Tensor&, const Tensor&)>();
   call.call(grad, factor);
 }
 
 }  // namespace op
 
-#define CE_LOSS_OPTIONS "int reduction, SymInt ignore_index, float label_smoothing"
-
 TORCH_LIBRARY(cross_entropy, m) {
-  m.def("cross_entropy(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", bool full_precision=False) -> Tensor",
-        &cross_entropy);
-  m.def("cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", bool full_precision=False) -> Tensor");
+  m.def("cross_entropy(" CE_INPUTS ") -> Tensor", &unpacked<&cross_entropy>);
+  m.def("cross_entropy_(" CE_INPUTS_TO_WRITE_TO ") -> Tensor");
   m.def(
       "row_stats(Tensor logits, Tensor target, Tensor? weight, SymInt ignore_index, float label_smoothing)"
       " -> (Tensor maximum, Tensor logsumexp, Tensor loss)",
       &row_stats);
+  m.def("divisor(" CE_INPUTS ") -> Tensor", &unpacked<&divisor_of_mean>);
 
-  m.def("divisor(Tensor logits, Tensor target, Tensor? weight, SymInt ignore_index) -> Tensor",
-        [](const Tensor& logits, const Tensor& target, const OptionalTensor& weight, c10::SymInt ignore_index) {
-          return formulas::divisor(logits, target, weight, {at::Reduction::Mean, ignore_index, 0});
-        });
-
-  m.def("loss(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS ", bool full_precision) -> Tensor");
-  m.def("forward(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", bool full_precision) -> (Tensor loss, Tensor max, Tensor sum, Tensor lse)");
-  m.def("forward_grad(Tensor logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", bool full_precision) -> (Tensor loss, Tensor grad)");
-  m.def("forward_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, " CE_LOSS_OPTIONS
-        ", bool full_precision) -> Tensor");
-  m.def(
-      "backward(Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor? weight, Tensor max,"
-      " Tensor sum, " CE_LOSS_OPTIONS ") -> Tensor");
-  m.def(
-      "backward_(Tensor(a!) logits, Tensor grad_loss, Tensor target, Tensor? weight, Tensor max, Tensor "
-      "sum, " CE_LOSS_OPTIONS ") -> ()");
-  m.def(
-      "target_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor max, Tensor sum,"
-      " int reduction, float label_smoothing) -> Tensor");
-  m.def(
-      "weight_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor weight, Tensor max, Tensor sum,"
-      " int reduction, float label_smoothing) -> Tensor");
+  m.def("loss(" CE_INPUTS ") -> Tensor");
+  m.def("forward(" CE_INPUTS ") -> (Tensor loss, Tensor max, Tensor sum, Tensor lse)");
+  m.def("forward_grad(" CE_INPUTS ") -> (Tensor loss, Tensor grad)");
+  m.def("forward_grad_(" CE_INPUTS_TO_WRITE_TO ") -> Tensor");
+  m.def("backward(" CE_BACKWARD_INPUTS CE_INPUTS ") -> Tensor");
+  m.def("backward_(" CE_BACKWARD_INPUTS CE_INPUTS_TO_WRITE_TO ") -> ()");
+  m.def("target_backward(" CE_BACKWARD_INPUTS CE_INPUTS ") -> Tensor");
+  m.def("weight_backward(" CE_BACKWARD_INPUTS CE_INPUTS ") -> Tensor");
+  m.def("logit_scale_backward(" CE_BACKWARD_INPUTS CE_INPUTS ") -> Tensor");
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy, CPU, m) {
-  OnCpu::add_to(m);
+  Kernels<CpuBackend>::add_to(m);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy, CUDA, m) {
@@ -357,15 +333,16 @@ TORCH_LIBRARY_IMPL(cross_entropy, CUDA, m) {
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy, Meta, m) {
-  m.impl("loss", &loss_meta);
-  m.impl("forward", &forward_meta);
-  m.impl("forward_grad", &forward_grad_meta);
-  m.impl("forward_grad_", &forward_grad__meta);
-  m.impl("backward", &backward_meta);
-  m.impl("backward_", &backward__meta);
-  m.impl("target_backward", &target_backward_meta);
-  m.impl("weight_backward", &weight_backward_meta);
-  m.impl("scale_", &scale__meta);
+  m.impl("loss", &unpacked<&meta::loss>);
+  m.impl("forward", &unpacked<&meta::forward>);
+  m.impl("forward_grad", &unpacked<&meta::forward_grad>);
+  m.impl("forward_grad_", &unpacked<&meta::forward_grad_>);
+  m.impl("backward", &unpacked_backward<&meta::backward>);
+  m.impl("backward_", &unpacked_backward<&meta::backward_>);
+  m.impl("target_backward", &unpacked_backward<&meta::target_backward>);
+  m.impl("weight_backward", &unpacked_backward<&meta::weight_backward>);
+  m.impl("logit_scale_backward", &unpacked_backward<&meta::logit_scale_backward>);
+  m.impl("scale_", &meta::scale_);
 }
 
 }  // namespace ce

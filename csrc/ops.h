@@ -5,26 +5,62 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 namespace ce {
 
-// The options that every operator takes. `reduction` is at::Reduction's number; the loss has the dtype of the
-// logits, with `full_precision` that of the accumulator: float32 for half types.
+using OptionalTensor = std::optional<at::Tensor>;
+inline const OptionalTensor kNoTensor;
+
+// `reduction` is at::Reduction's number; the loss has the dtype of the logits, with `full_precision` that of the
+// accumulator: float32 for half types. The formulas are in row_loss.h.
 struct Options {
   int64_t reduction;
-  c10::SymInt ignore_index;
-  double label_smoothing;
+  c10::SymInt ignore_index = -100;
+  double label_smoothing = 0;
   bool full_precision = false;
+  double z_loss = 0;
+  std::optional<double> softcap = std::nullopt;
+  double logit_scale = 1;
+  std::optional<double> divisor = std::nullopt;             // of the mean, instead of its own
+  std::optional<c10::SymInt> valid_classes = std::nullopt;  // the logits' first ones; the others are padding
+  bool zero_if_empty = false;                               // the mean of nothing, instead of NaN
 };
 
-using OptionalTensor = std::optional<at::Tensor>;
+// What every operator takes. It refers to the tensors of the call that it belongs to.
+struct Inputs {
+  const at::Tensor& logits;
+  const at::Tensor& target;
+  const OptionalTensor& weight;
+  Options options;
+  const OptionalTensor& row_weight = kNoTensor;   // (rows)
+  const OptionalTensor& logit_scale = kNoTensor;  // (), a further factor
+  const OptionalTensor& divisor = kNoTensor;      // (), a further factor
+
+  Inputs with(Options other) const {
+    return {logits, target, weight, std::move(other), row_weight, logit_scale, divisor};
+  }
+  // Whether the call asks for nothing that torch's own loss does not have.
+  bool is_plain() const {
+    const Options& o = options;
+    return o.z_loss == 0 && !o.softcap && o.logit_scale == 1 && !o.divisor && !o.valid_classes && !o.zero_if_empty &&
+           !row_weight && !logit_scale && !divisor;
+  }
+  bool divides_by_given() const { return options.divisor || divisor; }
+};
+
+// What the backward operators take besides: the upstream gradients, and of each row max z and Σ exp(z − max z).
+struct BackwardInputs {
+  const at::Tensor& grad_loss;
+  const OptionalTensor& grad_lse;
+  const at::Tensor& max;
+  const at::Tensor& sum;
+};
 
 // Loss with autograd, as torch.nn.functional.cross_entropy; operands of different dtypes are promoted.
-at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                         int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool full_precision);
+at::Tensor cross_entropy(const Inputs&);
 // The same whose gradient replaces the logits.
-at::Tensor cross_entropy_(at::Tensor logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                          c10::SymInt ignore_index, double label_smoothing, bool full_precision);
+at::Tensor cross_entropy_(const Inputs&);
 // Each row's (maximum, logsumexp, loss) with autograd through the last two.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(const at::Tensor& logits, const at::Tensor& target,
                                                          const OptionalTensor& weight, c10::SymInt ignore_index,
@@ -33,27 +69,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(const at::Tensor& logit
 namespace op {
 
 // The differentiable loss of operands of one dtype; the others are its steps below autograd.
-at::Tensor loss(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, const Options&);
-// (loss, max, sum, lse), the last three per row in the accumulator's dtype: max z, Σ exp(z − max), ln Σ exp(z).
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::Tensor& target,
-                                                                   const OptionalTensor& weight, const Options&);
+at::Tensor loss(const Inputs&);
+// (loss, max, sum, lse), the last three per row in the accumulator's dtype: max z, Σ exp(z − max z), ln Σ exp(z).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs&);
 // (loss, its gradient with respect to the logits); for a reduction.
-std::tuple<at::Tensor, at::Tensor> forward_grad(const at::Tensor& logits, const at::Tensor& target,
-                                                const OptionalTensor& weight, const Options&);
+std::tuple<at::Tensor, at::Tensor> forward_grad(const Inputs&);
 // The same with the gradient written over the logits.
-at::Tensor forward_grad_(at::Tensor logits, const at::Tensor& target, const OptionalTensor& weight, const Options&);
-// The gradient of the logits, given those of the loss and of each row's lse.
-at::Tensor backward(const at::Tensor& grad_loss, const OptionalTensor& grad_lse, const at::Tensor& logits,
-                    const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& max,
-                    const at::Tensor& sum, const Options&);
+at::Tensor forward_grad_(const Inputs&);
+// The gradient of the logits.
+at::Tensor backward(const BackwardInputs&, const Inputs&);
 // The same written over the logits.
-void backward_(at::Tensor logits, const at::Tensor& grad_loss, const at::Tensor& target, const OptionalTensor& weight,
-               const at::Tensor& max, const at::Tensor& sum, const Options&);
+void backward_(const BackwardInputs&, const Inputs&);
 // The gradients of probability targets and of the class weights under them.
-at::Tensor target_backward(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
-                           const OptionalTensor& weight, const at::Tensor& max, const at::Tensor& sum, const Options&);
-at::Tensor weight_backward(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& target,
-                           const at::Tensor& weight, const at::Tensor& max, const at::Tensor& sum, const Options&);
+at::Tensor target_backward(const BackwardInputs&, const Inputs&);
+at::Tensor weight_backward(const BackwardInputs&, const Inputs&);
+// The gradient of the tensor among the logits' scales.
+at::Tensor logit_scale_backward(const BackwardInputs&, const Inputs&);
 // grad *= factor, a no-op where the factor is 1.
 void scale_(at::Tensor grad, const at::Tensor& factor);
 

@@ -64,29 +64,66 @@ at::Tensor to_accumulator(const at::Tensor& tensor, at::ScalarType accumulator) 
   return make_scalar(value, tensor.options().dtype(accumulator));
 }
 
-ProblemBuilder::ProblemBuilder(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                               const Options& options)
-    : logits_(logits), target_(target), class_dim_(class_dim(logits)), row_sizes_(without(logits.sizes(), class_dim_)) {
-  problem_.dtype = dtype_of(logits);
-  problem_.target_type = target_type_of(target);
-  problem_.classes = logits.size(class_dim_);
+ProblemBuilder::ProblemBuilder(const Inputs& in)
+    : logits_(in.logits),
+      target_(in.target),
+      class_dim_(class_dim(in.logits)),
+      row_sizes_(without(in.logits.sizes(), class_dim_)) {
+  const Options& options = in.options;
+  problem_.dtype = dtype_of(logits_);
+  problem_.target_type = target_type_of(target_);
+  problem_.classes =
+      options.valid_classes ? options.valid_classes->guard_int(__FILE__, __LINE__) : logits_.size(class_dim_);
   problem_.rows = c10::multiply_integers(row_sizes_);
   problem_.ignore_index = options.ignore_index.guard_int(__FILE__, __LINE__);
   problem_.label_smoothing = options.label_smoothing;
-  if (weight && weight->defined()) {
-    kept_.push_back(weight->detach().to(accumulator()).contiguous());
+  problem_.z_loss = options.z_loss;
+  problem_.softcap = options.softcap.value_or(0);
+  problem_.zero_if_empty = options.zero_if_empty;
+  if (in.weight && in.weight->defined()) {
+    kept_.push_back(in.weight->detach().to(accumulator()).contiguous());
     problem_.weight = kept_.back().const_data_ptr();
   }
+  problem_.logit_scale = scalar_of(options.logit_scale, in.logit_scale);
+  if (in.divides_by_given()) {
+    problem_.divisor = scalar_of(options.divisor.value_or(1), in.divisor);
+    TORCH_CHECK_VALUE(problem_.divisor.value > 0,
+                      "cross_entropy: divisor must be positive. Got: ", problem_.divisor.value);
+  }
 
-  problem_.logits.data = logits.const_data_ptr();
-  problem_.logits.class_stride = logits.stride(class_dim_);
-  add_operand(problem_.logits.strides, logits, /*has_classes=*/true);
-  problem_.target.data = target.const_data_ptr();
+  problem_.logits.data = logits_.const_data_ptr();
+  problem_.logits.class_stride = logits_.stride(class_dim_);
+  add_operand(problem_.logits.strides, logits_, /*has_classes=*/true);
+  problem_.target.data = target_.const_data_ptr();
   const bool probabilities = problem_.target_type == TargetType::kProbabilities;
   if (probabilities) {
-    problem_.target.class_stride = target.stride(class_dim_);
+    problem_.target.class_stride = target_.stride(class_dim_);
   }
-  add_operand(problem_.target.strides, target, probabilities);
+  add_operand(problem_.target.strides, target_, probabilities);
+  if (in.row_weight) {
+    add_rows(&Problem::row_weight, in.row_weight->detach().to(accumulator()));
+  }
+}
+
+// A tensor of the CPU is read here, any other by the kernels.
+Scalar ProblemBuilder::scalar_of(double factor, const OptionalTensor& tensor) {
+  Scalar scalar{factor};
+  if (!tensor) {
+    return scalar;
+  }
+  const at::Tensor value = tensor->detach().to(accumulator());
+#ifdef CE_EMULATE
+  const bool is_read_here = false;
+#else
+  const bool is_read_here = value.is_cpu();
+#endif
+  if (is_read_here) {
+    scalar.value *= value.item<double>();
+  } else {
+    kept_.push_back(value);
+    scalar.data = value.const_data_ptr();
+  }
+  return scalar;
 }
 
 void ProblemBuilder::add_operand(int64_t* strides, const at::Tensor& tensor, bool has_classes) {
@@ -111,21 +148,21 @@ void ProblemBuilder::add_row_input(void* Problem::* input, const at::Tensor& row
   problem_.*input = kept_.back().data_ptr();
 }
 
-void ProblemBuilder::add_upstream(Input Problem::* input, const at::Tensor& upstream) {
-  kept_.push_back(upstream);
-  (problem_.*input).data = upstream.const_data_ptr();
-  add_operand((problem_.*input).strides, upstream, /*has_classes=*/false);
+void ProblemBuilder::add_rows(Input Problem::* input, const at::Tensor& rows) {
+  kept_.push_back(rows);
+  (problem_.*input).data = rows.const_data_ptr();
+  add_operand((problem_.*input).strides, rows, /*has_classes=*/false);
 }
 
 void ProblemBuilder::add_grad_loss(const at::Tensor& grad) {
   // The CUDA kernels read any type, which saves a kernel that converts it.
   const at::Tensor upstream = grad.is_cuda() ? grad : to_accumulator(grad, accumulator());
   problem_.grad_loss_type = dtype_of(upstream);
-  add_upstream(&Problem::grad_loss, upstream);
+  add_rows(&Problem::grad_loss, upstream);
 }
 
 void ProblemBuilder::add_grad_lse(const at::Tensor& grad) {
-  add_upstream(&Problem::grad_lse, grad.to(accumulator()));
+  add_rows(&Problem::grad_lse, grad.to(accumulator()));
 }
 
 void ProblemBuilder::add_grad(const at::Tensor& grad, bool streams) {

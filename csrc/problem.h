@@ -13,8 +13,9 @@ inline at::ScalarType accumulator_of(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline at::ScalarType loss_dtype(const at::Tensor& logits, const Options& options) {
-  return options.full_precision ? accumulator_of(logits.scalar_type()) : logits.scalar_type();
+inline at::ScalarType loss_dtype(const Inputs& in) {
+  const at::ScalarType logits = in.logits.scalar_type();
+  return in.options.full_precision ? accumulator_of(logits) : logits;
 }
 
 DType dtype_of(const at::Tensor& tensor);
@@ -27,8 +28,7 @@ at::Tensor to_accumulator(const at::Tensor& tensor, at::ScalarType accumulator);
 // (rows, classes) are added one by one; problem() then lays their rows out on one grid.
 class ProblemBuilder {
  public:
-  ProblemBuilder(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                 const Options& options);
+  explicit ProblemBuilder(const Inputs&);
   ProblemBuilder(const ProblemBuilder&) = delete;
 
   at::ScalarType accumulator() const { return accumulator_of(logits_.scalar_type()); }
@@ -57,14 +57,15 @@ class ProblemBuilder {
     int64_t* strides;
     c10::DimVector rows;
   };
-  void add_upstream(Input Problem::* input, const at::Tensor& upstream);
+  void add_rows(Input Problem::* input, const at::Tensor& rows);
+  Scalar scalar_of(double factor, const OptionalTensor& tensor);
   void add_operand(int64_t* strides, const at::Tensor& tensor, bool has_classes);
 
   const at::Tensor logits_, target_;
   const int64_t class_dim_;
   c10::DimVector row_sizes_;
   c10::SmallVector<at::Tensor, 4> kept_;
-  c10::SmallVector<Operand, 6> operands_;
+  c10::SmallVector<Operand, 7> operands_;
   Problem problem_;
 };
 

@@ -1,7 +1,71 @@
-"""The float64 oracle: the loss written from its formula, one row at a time, without torch's loss functions."""
+"""The float64 oracle: everything written from its formula, without torch's loss functions or softmax."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Rows:
+    """The logits z of each row, as the formulas have them, and the coefficients a of its loss."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        *,
+        class_dim: int | None = None,
+        valid_classes: int | None = None,
+        logit_scale: float | Tensor = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        dim = min(1, logits.dim() - 1) if class_dim is None else class_dim
+        classes = logits.shape[dim] if valid_classes is None else valid_classes
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.movedim(dim, -1)[..., :classes].reshape(-1, classes).double()
+
+        def transformed(x: Tensor) -> Tensor:
+            z = x * torch.as_tensor(logit_scale, dtype=torch.float64)
+            return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+        x = rows(logits)
+        self.shape = logits.movedim(dim, -1).shape[:-1]
+        self.own_z = transformed(x)  # of ignored rows too, which may be NaN
+        if target is None:
+            return
+        self.kept = torch.ones(len(x), dtype=torch.bool)
+        self.index = None
+        if target.is_floating_point():
+            q = rows(target)
+        else:
+            self.shape = self.shape if class_dim is None else target.shape
+            index = target.reshape(-1).long()
+            self.kept = index != ignore_index
+            self.index = index.where(self.kept, 0)
+            q = torch.nn.functional.one_hot(self.index, classes).double()
+        w = torch.ones(classes, dtype=torch.float64) if weight is None else weight[:classes].double()
+        self.target_weight = (w * q).sum(dim=1)
+        self.a = w * ((1 - label_smoothing) * q + label_smoothing / classes)
+        self.z = transformed(x.where(self.kept[:, None], 0))
+
+    def loss(self, z_loss: float) -> Tensor:
+        lse, shifted, top = log_sum_exp(self.z)
+        is_term = (self.a != 0) | shifted.isfinite()  # 0 · ∞ is none
+        loss = (self.a * (lse - shifted).where(is_term, 0)).sum(dim=1)
+        if z_loss:
+            loss = loss + z_loss * (lse + top).square().squeeze(1)
+        return loss.where(self.kept, 0)
+
+
+def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ln Σ exp(z − max), z − max, and max, which is a constant."""
+    top = z.max(dim=1, keepdim=True).values.detach()
+    shifted = z - top
+    return shifted.exp().sum(dim=1, keepdim=True).log(), shifted, top
 
 
 def cross_entropy(
@@ -11,28 +75,57 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+    empty: str = "nan",
+    **of_rows: Any,
 ) -> Tensor:
     """As cross_entropy.cross_entropy, in float64 and differentiable."""
-    probabilities = logits.shape == target.shape
-    rows = (logits if logits.dim() > 1 else logits[None]).movedim(1, -1)
-    classes = rows.shape[-1]
-    z = rows.reshape(-1, classes).double()
-    w = torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()
-    if probabilities:
-        q = (target if target.dim() > 1 else target[None]).movedim(1, -1).reshape(-1, classes)
-        q = q.double()
-        kept = torch.ones(len(z), dtype=torch.bool)
-    else:
-        index = target.reshape(-1).long()
-        kept = index != ignore_index
-        q = torch.nn.functional.one_hot(index.where(kept, 0), classes).double()
-    z = z.where(kept[:, None], 0)
-    a = w * ((1 - label_smoothing) * q + label_smoothing / classes)
-    shifted = z - z.max(dim=1, keepdim=True).values.detach()
-    lse = shifted.exp().sum(dim=1, keepdim=True).log()
-    loss = (a * (lse - shifted)).sum(dim=1).where(kept, 0)
+    rows = Rows(logits, target, weight, ignore_index, label_smoothing, **of_rows)
+    r = torch.ones(len(rows.z), dtype=torch.float64) if row_weight is None else row_weight.reshape(-1).double()
+    loss = r * rows.loss(z_loss)
     if reduction == "none":
-        return loss.reshape(rows.shape[:-1] if logits.dim() > 1 else ())
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (len(z) if probabilities else (w * q).sum(dim=1).where(kept, 0).sum())
+        return loss.reshape(rows.shape)
+    if reduction == "sum" or divisor is not None:
+        return loss.sum() / (1 if divisor is None else float(divisor))
+    share = r if rows.index is None else r * rows.target_weight
+    total = share.where(rows.kept, 0).sum()
+    if empty == "zero" and total == 0:
+        return loss.sum() * 0
+    return loss.sum() / total
+
+
+def row_stats(
+    logits: Tensor,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    z_loss: float = 0.0,
+    **of_rows: Any,
+) -> dict[str, Tensor]:
+    """All outputs of cross_entropy.row_stats that there are for such a target, in float64 and differentiable."""
+    rows = Rows(logits, target, weight, **of_rows)
+    lse, shifted, top = log_sum_exp(rows.own_z)
+    log_p = shifted - lse
+    p = log_p.exp()
+    classes = torch.arange(p.shape[1])
+    stats = {
+        "maximum": top.squeeze(1),
+        "logsumexp": (lse + top).squeeze(1),
+        "entropy": -(p * log_p.where(p != 0, 0)).sum(dim=1),
+        # The first one, which argmax of equal logits need not be.
+        "argmax": torch.where(rows.own_z == top, classes, len(classes) - 1).amin(dim=1),
+    }
+    if target is not None:
+        stats["loss"] = rows.loss(z_loss)
+    if target is not None and rows.index is not None:
+        index = rows.index[:, None]
+        lse, shifted, _ = log_sum_exp(rows.z)
+        of_target = rows.z.gather(1, index)
+        before = (rows.z > of_target) | ((rows.z == of_target) & (classes < index))
+        rank = before.sum(dim=1).where(rows.kept, -1)
+        log_prob = (shifted.gather(1, index) - lse).squeeze(1).where(rows.kept, 0)
+        stats |= {"log_prob": log_prob, "rank": rank, "correct": rank == 0}
+    return {name: value.reshape(rows.shape) for name, value in stats.items()}

@@ -90,8 +90,8 @@ MISTAKES = {
         "plain",
         ["sharing"],
         "reduce.cuh",
-        "      __syncthreads();\n      state = sum_of_lanes<kLinear>(shared[thread % warps]",
-        "      state = sum_of_lanes<kLinear>(shared[thread % warps]",
+        "      __syncthreads();\n      state = sum_of_lanes<kGeneral>(shared[thread % warps]",
+        "      state = sum_of_lanes<kGeneral>(shared[thread % warps]",
     ),
     "shared memory used again without a barrier": (
         "thread",
@@ -125,8 +125,8 @@ MISTAKES = {
         "plain",
         ["layouts"],
         "forward.cu",
-        "    state = sum_in_block<Walk, kLinear>(state, plan, states);",
-        "    if (target.kept) {\n      state = sum_in_block<Walk, kLinear>(state, plan, states);\n    }",
+        "    state = sum_in_block<Walk, kGeneral>(state, plan, states);",
+        "    if (target.kept) {\n      state = sum_in_block<Walk, kGeneral>(state, plan, states);\n    }",
     ),
     "shuffle too narrow": (
         "plain",
@@ -181,8 +181,12 @@ MISTAKES = {
         "plain",
         ["layouts"],
         "backward.cu",
-        "row_offset(p, row, p.logits.strides), p.logits.class_stride, exists",
-        "row_offset(p, row, p.grad.strides), p.logits.class_stride, exists",
+        "walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);\n"
+        "    const Coefficients<T> coefficients(p, row);\n"
+        "    const RowGradient<A> gradient = gradient_of_row<kGeneral>",
+        "walk(p.logits.data, row_offset(p, row, p.grad.strides), p.logits.class_stride, exists ? p.classes : 0);\n"
+        "    const Coefficients<T> coefficients(p, row);\n"
+        "    const RowGradient<A> gradient = gradient_of_row<kGeneral>",
     ),
     "no guard of -inf": (
         "plain",
@@ -224,8 +228,8 @@ MISTAKES = {
         "plain",
         ["many rows"],
         "sums.cu",
-        "judge(p, target) == Verdict::kKept ? class_weight<A>(p, target)",
-        "judge(p, target) != Verdict::kOutOfBounds ? class_weight<A>(p, target < 0 ? 0 : target)",
+        "judge(p, target) == Verdict::kKept ? row_weight * class_weight<A>(p, target)",
+        "judge(p, target) != Verdict::kOutOfBounds ? row_weight * class_weight<A>(p, target < 0 ? 0 : target)",
     ),
     "32 bits for the distance of rows": (
         "plain",

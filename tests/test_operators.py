@@ -44,21 +44,31 @@ def make_calls():
         yield "loss", (x, t, w if soft else v, *options, full)
         yield "forward", (x, t, w if soft else v, *options, full)
         yield "row_stats", (x, t, w if soft else v, -100, 0.1)
-        yield "divisor", (x, t, w if soft else v, -100)
+        yield "divisor", (x, t, w if soft else v, MEAN, -100, 0.1)
         yield "cross_entropy_", (z.clone(), q, v, *options, full)
-        yield "backward", (grad_loss, grad_lse, x, t, w if soft else v, top, total, *options)
-        yield "backward_", (z.clone(), grad_loss.detach(), q, v, top, total, *options)
+        yield "backward", (grad_loss, grad_lse, top, total, x, t, w if soft else v, *options)
+        yield "backward_", (grad_loss.detach(), None, top, total, z.clone(), q, v, *options)
         if reduction == MEAN:
             yield "forward_grad", (x, t, w if soft else v, *options, full)
             yield "forward_grad_", (z.clone(), q, v, *options, full)
         if soft:
-            yield "target_backward", (grad_loss, x, t, w, top, total, reduction, 0.1)
-            yield "weight_backward", (grad_loss, x, t, w, top, total, reduction, 0.1)
+            yield "target_backward", (grad_loss, None, top, total, x, t, w, *options)
+            yield "weight_backward", (grad_loss, None, top, total, x, t, w, *options)
+        scale = torch.tensor(0.5, requires_grad=True)
+        beyond = {"row_weight": torch.rand(loss.shape or lse.shape), "logit_scale_tensor": scale, "z_loss": 0.1}
+        beyond |= {"softcap": 3.0, "valid_classes": shape[1]} | ({"divisor": 2.5} if reduction == MEAN else {})
+        for name, args in (
+            ("cross_entropy", (x, t, w if soft else v, *options, full)),
+            ("forward", (x, t, w if soft else v, *options, full)),
+            ("backward", (grad_loss, grad_lse, top, total, x, t, w if soft else v, *options)),
+            ("logit_scale_backward", (grad_loss, None, top, total, x, t, w if soft else v, *options)),
+        ):
+            yield name, args, beyond
     yield "scale_", (torch.rand(6, 9), torch.tensor(2.0))
     yield "scale_", (torch.rand(6, 9).bfloat16(), torch.tensor(2.0))
 
 
-CALLS = list(make_calls())
+CALLS = [(name, args, options[0] if options else {}) for name, args, *options in make_calls()]
 
 
 def test_every_operator_is_called():
@@ -67,12 +77,12 @@ def test_every_operator_is_called():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("cross_entropy::")
     }
-    assert {name for name, _ in CALLS} == registered
+    assert {name for name, *_ in CALLS} == registered
 
 
-@pytest.mark.parametrize("name, args", CALLS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CALLS)])
-def test_opcheck(name, args):
-    torch.library.opcheck(getattr(OPERATORS, name).default, args)
+@pytest.mark.parametrize("name, args, options", CALLS, ids=[f"{i}-{name}" for i, (name, *_) in enumerate(CALLS)])
+def test_opcheck(name, args, options):
+    torch.library.opcheck(getattr(OPERATORS, name).default, args, options)
 
 
 # torch.compile.

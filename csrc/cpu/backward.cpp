@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -14,10 +15,12 @@ struct Backward {
   const Problem& p;
   const TileKernels<T>& kernels;
   const Tiling tiling;
+  const Upstream<A> upstream;
 
-  explicit Backward(const Problem& problem) : p(problem), kernels(tile_kernels<T>()), tiling(problem, kernels.lanes) {}
+  explicit Backward(const Problem& problem)
+      : p(problem), kernels(tile_kernels<T>()), tiling(problem, kernels.lanes), upstream(problem) {}
 
-  // Calls f(tile, begin, end) for all pieces of all tiles.
+  // Calls f(tile, begin, end, i) for all pieces i of all tiles.
   template <typename F>
   void for_each_piece(F&& f) const {
     const int64_t items = tiling.tiles * tiling.pieces;
@@ -25,7 +28,7 @@ struct Backward {
       const FlushSubnormals flush;
       for (int64_t i = first; i < last; ++i) {
         const int64_t begin = i % tiling.pieces * kPiece;
-        f(tiling.tile(i / tiling.pieces), begin, std::min(p.classes, begin + kPiece));
+        f(tiling.tile(i / tiling.pieces), begin, std::min(p.classes, begin + kPiece), i);
       }
     });
   }
@@ -35,45 +38,68 @@ struct Backward {
     return {static_cast<const A*>(p.max)[offset], static_cast<const A*>(p.sum)[offset]};
   }
 
-  void logits() const {
-    double shared[kMaxLanes] = {};  // of an index target every row has the same coefficients, but for the target's
-    const bool probabilities = p.target_type == TargetType::kProbabilities;
-    if (has_coefficients(p) && !probabilities) {
+  // The sum of the coefficients that every row of an index target has, but for the target's own.
+  double shared_coefficients() const {
+    double shared[kMaxLanes] = {};
+    if (has_coefficients(p) && p.target_type != TargetType::kProbabilities) {
       kernels.sum_coefficients(p, true, {0, 1}, shared);
     }
-    for_each_piece([&](Tile tile, int64_t begin, int64_t end) {
-      TileTargets<A> targets(p, tile);
-      double coefficients[kMaxLanes];
-      std::fill(coefficients, coefficients + kMaxLanes, shared[0]);
-      if (probabilities) {
-        kernels.sum_coefficients(p, tiling.along, tile, coefficients);
+    return shared[0];
+  }
+
+  TileGradient<A> gradient_of(Tile tile, const TileTargets<A>& targets, double shared) const {
+    double coefficients[kMaxLanes];
+    std::fill(coefficients, coefficients + kMaxLanes, shared);
+    if (p.target_type == TargetType::kProbabilities) {
+      kernels.sum_coefficients(p, tiling.along, tile, coefficients);
+    }
+    TileGradient<A> gradient(tile);
+    for (int lane = 0; lane < tile.rows; ++lane) {
+      const int64_t row = tile.row + lane;
+      if (targets.index[lane] >= 0) {
+        coefficients[lane] += smoothing_of<A>(p).keep * targets.weight[lane];
       }
-      TileGradient<A> gradient(tile);
-      for (int lane = 0; lane < tile.rows; ++lane) {
-        const int64_t row = tile.row + lane;
-        if (targets.index[lane] >= 0) {
-          coefficients[lane] += smoothing_of<A>(p).keep * targets.weight[lane];
-        }
-        const A upstream = targets.kept[lane] ? upstream_of<A>(p, row) : A(0);
-        gradient.set(lane, make_row_gradient<A>(exps(row), A(coefficients[lane]), upstream,
-                                                row_value<A>(p, p.grad_lse, row, 0)));
-        targets.kept[lane] |= p.grad_lse.data != nullptr;  // an ignored row has no loss, but a log-sum-exp
+      gradient.set(lane, make_row_gradient<A>(exps(row), A(coefficients[lane]), A(p.z_loss),
+                                              targets.kept[lane] ? upstream.of(row) : A(0),
+                                              row_value<A>(p, p.grad_lse, row, 0)));
+    }
+    return gradient;
+  }
+
+  void logits() const {
+    const double shared = shared_coefficients();
+    for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
+      TileTargets<A> targets(p, tile);
+      const TileGradient<A> gradient = gradient_of(tile, targets, shared);
+      if (p.grad_lse.data) {  // an ignored row has no loss, but a log-sum-exp
+        std::fill(targets.kept, targets.kept + tile.rows, true);
       }
       kernels.gradient(p, tiling.along, tile, targets, gradient, begin, end, {});
     });
+  }
+
+  void logit_scale() const {
+    const double shared = shared_coefficients();
+    std::vector<double> sums(tiling.tiles * tiling.pieces);
+    for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t i) {
+      const TileTargets<A> targets(p, tile);
+      kernels.logit_scale_gradient(p, tiling.along, tile, targets, gradient_of(tile, targets, shared), begin, end,
+                                   &sums[i]);
+    });
+    *static_cast<A*>(p.grad.data) = static_cast<A>(std::accumulate(sums.begin(), sums.end(), 0.0));
   }
 
   TileGradient<A> log_sums(Tile tile) const {
     TileGradient<A> rows(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const MaxSum<A> row = exps(tile.row + lane);
-      rows.set(lane, {row.max, row.log_sum(), upstream_of<A>(p, tile.row + lane)});
+      rows.set(lane, {row.max, row.log_sum(), upstream.of(tile.row + lane)});
     }
     return rows;
   }
 
   void target() const {
-    for_each_piece([&](Tile tile, int64_t begin, int64_t end) {
+    for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
       kernels.target_gradient(p, tiling.along, tile, log_sums(tile), begin, end);
     });
   }
@@ -108,6 +134,10 @@ void target_backward(const Problem& p) {
 
 void weight_backward(const Problem& p) {
   dispatch(p.dtype, [&](auto element) { Backward<decltype(element)>(p).weight(); });
+}
+
+void logit_scale_backward(const Problem& p) {
+  dispatch(p.dtype, [&](auto element) { Backward<decltype(element)>(p).logit_scale(); });
 }
 
 }  // namespace ce::cpu

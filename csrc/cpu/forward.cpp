@@ -33,7 +33,8 @@ class KeptExps {
   using A = Acc<T>;
 
   KeptExps(const Problem& p, const Tiling& tiling, int lanes, int64_t tiles) {
-    if (p.grad.data && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 && keeps_exps<T>(p)) {
+    if (p.grad.data && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 && p.softcap == 0 &&
+        keeps_exps<T>(p)) {
       references_ = p.classes;
       size_ = references_ + p.classes / (kGroup * lanes) + 1;
       memory_.reset(new A[tiles * size_]);
@@ -56,8 +57,10 @@ struct Forward {
   const Problem& p;
   const TileKernels<T>& kernels;
   const Tiling tiling;
+  const Upstream<A> upstream;
 
-  explicit Forward(const Problem& problem) : p(problem), kernels(tile_kernels<T>()), tiling(problem, kernels.lanes) {}
+  explicit Forward(const Problem& problem)
+      : p(problem), kernels(tile_kernels<T>()), tiling(problem, kernels.lanes), upstream(problem) {}
 
   // A tile of ignored rows is read only for what does not depend on the targets.
   bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || p.lse; }
@@ -81,7 +84,7 @@ struct Forward {
       const int64_t row = tile.row + lane;
       const int64_t offset = row_offset(p, row, p.row_strides);
       const RowState<double>& state = states[lane];
-      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss() : 0);
+      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss) : 0);
       write_row<A>(p.max, offset, state.exps.max);
       write_row<A>(p.sum, offset, state.exps.sum);
       if (p.lse) {
@@ -89,7 +92,7 @@ struct Forward {
       }
       if (p.grad.data) {
         const MaxSum<A> exps{A(state.exps.max), A(state.exps.sum)};
-        gradient.set(lane, make_row_gradient<A>(exps, A(state.coefficients), upstream_of<A>(p, row), 0));
+        gradient.set(lane, make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), upstream.of(row), 0));
       }
     }
     return gradient;
@@ -165,6 +168,7 @@ struct Forward {
     }
   }
 
+  template <bool kWeighted>
   void total() const {
     // Two stages with a fixed number of sums, so that the order is the same for any number of threads. −0 is the
     // identity of addition: the total of losses of −0 is −0, as it is without a reduction.
@@ -173,13 +177,14 @@ struct Forward {
     std::fill(sums, sums + kSums, -0.0);
     const A* loss = static_cast<const A*>(p.loss);
     for (int64_t row = 0; row < p.rows; ++row) {
-      sums[row % kSums] += loss[row_offset(p, row, p.row_strides)];
+      const double of_row = loss[row_offset(p, row, p.row_strides)];
+      sums[row % kSums] += kWeighted ? of_row * row_weight_of<A>(p, row) : of_row;
     }
     double total = -0.0;
     for (const double sum : sums) {
       total += sum;
     }
-    *static_cast<A*>(p.total) = static_cast<A>(total / p.divisor);
+    *static_cast<A*>(p.total) = static_cast<A>(total / p.divisor.value);
   }
 };
 
@@ -195,7 +200,7 @@ void forward(const Problem& p) {
       forward.by_tile();
     }
     if (p.total) {
-      forward.total();
+      p.row_weight.data ? forward.template total<true>() : forward.template total<false>();
     }
   });
 }

@@ -147,22 +147,24 @@ CE_INLINE Doubles max(Doubles a, Doubles b) {
 #endif
 }
 
-#if CE_VECTOR_BYTES < 64
 CE_INLINE Floats min(Floats a, Floats b) {
-#if CE_VECTOR_BYTES == 32
+#if CE_VECTOR_BYTES == 64
+  return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif CE_VECTOR_BYTES == 32
   return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return a < b ? a : b;
 #endif
 }
 CE_INLINE Doubles min(Doubles a, Doubles b) {
-#if CE_VECTOR_BYTES == 32
+#if CE_VECTOR_BYTES == 64
+  return (Doubles)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b);
+#elif CE_VECTOR_BYTES == 32
   return (Doubles)_mm256_min_pd((__m256d)a, (__m256d)b);
 #else
   return a < b ? a : b;
 #endif
 }
-#endif
 
 CE_INLINE bool any_negative(Int32s v) {
 #if CE_VECTOR_BYTES == 64
@@ -294,6 +296,32 @@ template <typename A>
 CE_INLINE Vec<A> exp_minus(Vec<A> d) {
   const Vec<A> ds[] = {d};
   return ExpMinus<A, 1>(ds).get(0);
+}
+
+// n / d from an estimate of 1 / d and what its product with n misses.
+CE_INLINE Floats divide(Floats n, Floats d) {
+#if CE_VECTOR_BYTES == 64
+  const Floats reciprocal = (Floats)_mm512_maskz_rcp14_ps(0xffff, (__m512)d);
+#elif CE_VECTOR_BYTES == 32
+  const Floats reciprocal = (Floats)_mm256_rcp_ps((__m256)d);
+#else
+  return n / d;
+#endif
+#if CE_VECTOR_BYTES > 16
+  const Floats quotient = n * reciprocal;
+  return (n - quotient * d) * reciprocal + quotient;
+#endif
+}
+
+CE_INLINE Floats tanh(Floats x) {
+  const Floats u = max(broadcast(-kTanhLimit), min(broadcast(kTanhLimit), x));
+  const auto ratio = tanh_ratio(u);
+  return divide(ratio.numerator, ratio.denominator);
+}
+CE_INLINE Doubles tanh(Doubles x) {
+  const Doubles e = exp_minus<double>(2 * (x < 0 ? -x : x));
+  const Doubles t = (1 - e) / (1 + e);
+  return x < 0 ? -t : t;
 }
 
 // How elements of type T look in memory, and the conversions from and to a vector of their accumulators.

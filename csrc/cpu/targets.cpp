@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kBlock = 1 << 14;  // rows; fixed, so that the sums do not depend on the number of threads
 
-template <typename A>
-TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
+template <typename A, bool kWeighted>
+TargetSummary summarize_indices(const Problem& p, int64_t begin, int64_t end) {
   const A* weights = static_cast<const A*>(p.weight);
   TargetSummary summary;
   for (int64_t row = begin; row < end; ++row) {
@@ -24,7 +24,20 @@ TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
       summary.bad_target = target;
       return summary;
     }
-    summary.weight += weights ? double(weights[target]) : 1.0;
+    const double weight = weights ? double(weights[target]) : 1.0;
+    summary.weight += kWeighted ? weight * row_weight_of<A>(p, row) : weight;
+  }
+  return summary;
+}
+
+template <typename A>
+TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
+  if (p.target_type != TargetType::kProbabilities) {
+    return (p.row_weight.data ? summarize_indices<A, true> : summarize_indices<A, false>)(p, begin, end);
+  }
+  TargetSummary summary;
+  for (int64_t row = begin; row < end; ++row) {
+    summary.weight += row_weight_of<A>(p, row);
   }
   return summary;
 }

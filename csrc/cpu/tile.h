@@ -114,12 +114,24 @@ inline A row_value(const Problem& p, const Input& operand, int64_t row, A otherw
   return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : otherwise;
 }
 
-// The upstream gradient of a row's loss over the divisor of the reduction.
+// The upstream gradient of each row's loss: with its weight, over the divisor of the reduction.
 template <typename A>
-inline A upstream_of(const Problem& p, int64_t row) {
-  const A upstream = row_value<A>(p, p.grad_loss, row, 1);
-  return upstream / static_cast<A>(p.divisor);
-}
+class Upstream {
+ public:
+  explicit Upstream(const Problem& p)
+      : p_(p), is_same_(!p.grad_loss.data && !p.row_weight.data), of_all_(1 / static_cast<A>(p.divisor.value)) {}
+
+  A of(int64_t row) const {
+    return is_same_ ? of_all_
+                    : row_value<A>(p_, p_.grad_loss, row, 1) * row_value<A>(p_, p_.row_weight, row, 1) /
+                          static_cast<A>(p_.divisor.value);
+  }
+
+ private:
+  const Problem& p_;
+  bool is_same_;
+  A of_all_;
+};
 
 // The kernels over the classes [begin, end) of a tile, for one element type and the running processor.
 template <typename T>
@@ -139,6 +151,9 @@ struct TileKernels {
   // Adds Σ upstream · q'_c · (lse − z_c) over the tile's rows to sums[c − begin], the gradient of the class weights.
   void (*weight_gradient)(const Problem&, bool along, Tile, const TileGradient<A>&, int64_t begin, int64_t end,
                           double* sums);
+  // Adds Σ ∂loss/∂z_c · ∂z_c/∂scale of all the tile's rows to *sum.
+  void (*logit_scale_gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileGradient<A>&,
+                               int64_t begin, int64_t end, double* sum);
   void (*scale)(T* data, int64_t count, A factor);
 };
 

@@ -116,6 +116,52 @@ struct Coefficients {
   }
 };
 
+// The logits of the formula are those that are given.
+template <typename A>
+struct AsGiven {
+  static constexpr A scale = 1;
+  explicit AsGiven(const Problem&) {}
+};
+// They are transformed, within the kernels of which the plain ones shall not know.
+template <typename A>
+struct Transformed : LogitTransform<A> {
+  explicit Transformed(const Problem& p) : LogitTransform<A>(transform_of<A>(p)) {}
+};
+template <typename A, bool kTransformed>
+using Transform = std::conditional_t<kTransformed, Transformed<A>, AsGiven<A>>;
+
+// From vectors of logits as they are given to those of the formula.
+template <typename A, int kCount>
+CE_INLINE void apply(const AsGiven<A>&, Vec<A> (&)[kCount]) {}
+template <typename A, int kCount>
+CE_INLINE void apply(const Transformed<A>& transform, Vec<A> (&x)[kCount]) {
+  if (transform.cap > 0) {
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      x[i] = transform.cap * tanh(x[i] * transform.before_tanh());
+    }
+  } else {
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      x[i] *= transform.scale;
+    }
+  }
+}
+template <typename TransformType, typename V>
+CE_INLINE V applied(const TransformType& transform, V x) {
+  V z[] = {x};
+  apply(transform, z);
+  return z[0];
+}
+
+// From the gradient of the formula's logits z, times the scale, to that of the given ones.
+template <typename A>
+CE_INLINE Vec<A> capped(const AsGiven<A>&, Vec<A> gradient, Vec<A>) {
+  return gradient;
+}
+template <typename A>
+CE_INLINE Vec<A> capped(const Transformed<A>& transform, Vec<A> gradient, Vec<A> z) {
+  return transform.cap > 0 ? gradient * transform.slope(z) : gradient;
+}
+
 template <typename A>
 CE_INLINE typename Simd<A>::Mask first_lanes(int count) {
   typename Simd<A>::Mask lane;
@@ -151,9 +197,9 @@ struct Accumulator {
   Sums<A> block, piece;
   int groups = 0;
 
-  // Any elements serve as the first reference, but −inf would make a NaN of −inf − (−inf).
-  CE_INLINE explicit Accumulator(Vec<A> first)
-      : reference(max(kAlong ? broadcast(reduce_max<A>(first)) : first, broadcast(std::numeric_limits<A>::lowest()))) {}
+  // Any elements serve as the first reference, alike in all lanes along a row; but −inf would make a NaN of
+  // −inf − (−inf).
+  CE_INLINE explicit Accumulator(Vec<A> first) : reference(max(first, broadcast(std::numeric_limits<A>::lowest()))) {}
 
   CE_INLINE void close_block() {
     piece.add(block);
@@ -266,7 +312,7 @@ CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int
   return max(max(top[0], top[1]), max(top[2], top[3]));
 }
 
-template <typename T, bool kAlong, bool kLinear>
+template <typename T, bool kAlong, bool kLinear, bool kTransformed>
 void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
                         Exps<Acc<T>> kept, RowState<double>* states) {
   using A = Acc<T>;
@@ -276,7 +322,9 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
 
-  Accumulator<A, kAlong> state(first_maximum<T, kAlong>(logits, begin, end, tile.rows));
+  const Transform<A, kTransformed> transform(p);
+  const Vec<A> first = first_maximum<T, kAlong>(logits, begin, end, tile.rows);
+  Accumulator<A, kAlong> state(applied(transform, kAlong ? broadcast(reduce_max<A>(first)) : first));
   int64_t c = begin;
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
   // Prefetched is the next row while a short one is computed, and what follows in a long one.
@@ -306,6 +354,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
           x[i] = load(from + i * stripe);
         }
       }
+      apply(transform, x);
       state.template add<kLinear>(
           x, [&](int i) __attribute__((always_inline)) { return coefficients.get(c + i * stripe, lanes); },
           [&](int i, Vec<A> e) __attribute__((always_inline)) {
@@ -341,7 +390,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
       x[i] = broadcast(A(-INFINITY));
       if (at < end) {
         const int count = lanes_at<A, kAlong>(at, end, tile.rows);
-        x[i] = first_lanes<A>(count) ? logits.get(at, count) : x[i];
+        x[i] = first_lanes<A>(count) ? applied(transform, logits.get(at, count)) : x[i];
       }
     }
     state.template add<false>(
@@ -359,7 +408,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   const Sums<A>& sums = state.piece;
 
   A at_target[kLanes<A>];
-  store(at_target, target_logits(logits, targets, tile.rows, begin, end));
+  store(at_target, applied(transform, target_logits(logits, targets, tile.rows, begin, end)));
   for (int lane = 0; lane < tile.rows; ++lane) {
     RowState<double> row;
     row.exps.sum = kAlong ? reduce_sum<A>(sums.exps) : sums.exps[lane];
@@ -376,13 +425,22 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   }
 }
 
+// Calls f with what a kernel is to be compiled for.
+template <typename F>
+void pick(const Problem& p, bool along, F&& f) {
+  constexpr std::true_type kYes;
+  constexpr std::false_type kNo;
+  const auto pick_transform = [&](auto a, auto linear) { transforms(p) ? f(a, linear, kYes) : f(a, linear, kNo); };
+  const auto pick_linear = [&](auto a) { has_coefficients(p) ? pick_transform(a, kYes) : pick_transform(a, kNo); };
+  along ? pick_linear(kYes) : pick_linear(kNo);
+}
+
 template <typename T>
 void accumulate(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
                 Exps<Acc<T>> exps, RowState<double>* states) {
-  const auto kernel =
-      along ? (has_coefficients(p) ? accumulate_classes<T, true, true> : accumulate_classes<T, true, false>)
-            : (has_coefficients(p) ? accumulate_classes<T, false, true> : accumulate_classes<T, false, false>);
-  kernel(p, tile, targets, begin, end, exps, states);
+  pick(p, along, [&](auto a, auto linear, auto transformed) {
+    accumulate_classes<T, a, linear, transformed>(p, tile, targets, begin, end, exps, states);
+  });
 }
 
 // The per-row values of a tile as vectors: the one row's in every lane, or each lane its row's.
@@ -391,7 +449,7 @@ CE_INLINE Vec<A> spread(const A (&rows)[kMaxLanes]) {
   return kAlong ? broadcast(rows[0]) : load(rows);
 }
 
-template <typename T, bool kAlong, bool kLinear>
+template <typename T, bool kAlong, bool kLinear, bool kTransformed>
 void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, const TileGradient<Acc<T>>& rows,
                       int64_t begin, int64_t end, Exps<Acc<T>> kept_exps) {
   using A = Acc<T>;
@@ -401,9 +459,10 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   const TileView<T, kAlong> grad(p, p.grad, tile, columns);  // takes the place of the logits that have been used
   const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
+  const Transform<A, kTransformed> transform(p);
   const Vec<A> top = spread<A, kAlong>(rows.max);
-  const Vec<A> scale = spread<A, kAlong>(rows.scale);
-  const Vec<A> upstream = spread<A, kAlong>(rows.upstream);
+  const Vec<A> scale = spread<A, kAlong>(rows.scale) * transform.scale;
+  const Vec<A> upstream = spread<A, kAlong>(rows.upstream) * transform.scale;
 
   // The elements at the targets' indices, read before the gradient may overwrite the logits.
   A target_coefficients[kLanes<A>] = {};
@@ -411,9 +470,11 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     target_coefficients[lane] = coefficients.smoothing.coefficient(targets.weight[lane], A(1));
   }
   T target_grad[kLanes<A>];
-  const Vec<A> target_distances[] = {top - target_logits(logits, targets, tile.rows, begin, end)};
-  store(target_grad, Row::element(ExpMinus<A, 1, kElementDegree<T>>(target_distances).get(0), load(target_coefficients),
-                                  scale, upstream));
+  const Vec<A> z_target = applied(transform, target_logits(logits, targets, tile.rows, begin, end));
+  const Vec<A> target_distances[] = {top - z_target};
+  const Vec<A> target_exps = ExpMinus<A, 1, kElementDegree<T>>(target_distances).get(0);
+  store(target_grad,
+        capped(transform, Row::element(target_exps, load(target_coefficients), scale, upstream), z_target));
 
   typename Simd<A>::Mask kept;
   for (int lane = 0; lane < kLanes<A>; ++lane) {
@@ -425,8 +486,9 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const bool dense = kAlong && logits.class_stride == 1 && grad.class_stride == 1;
   const bool may_stream =
       p.streams_grad && kVectors == kRun<T> && p.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedRow;
-  const auto element = [&](Vec<A> e, int64_t c, int count) __attribute__((always_inline)) {
-    const Vec<A> g = kLinear ? Row::element(e, coefficients.get(c, count), scale, upstream) : e * scale;
+  const auto element = [&](Vec<A> e, Vec<A> distance, int64_t c, int count) __attribute__((always_inline)) {
+    const Vec<A> g = capped(
+        transform, kLinear ? Row::element(e, coefficients.get(c, count), scale, upstream) : e * scale, top - distance);
     return kAlong ? g : kept ? g : Vec<A>{};
   };
   const auto write_groups = [&](int64_t c, bool streams) __attribute__((always_inline)) {
@@ -435,12 +497,13 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
       CE_UNROLL for (int i = 0; i < kSize; i += kVectors) {
         logits.template get<kVectors>(c + i * kStep, lanes, dense, x + i);
       }
+      apply(transform, x);
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
         x[i] = top - x[i];
       }
       const ExpMinus<A, kSize, kElementDegree<T>> exps(x);
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
-        x[i] = element(exps.get(i), c + i * kStep, lanes);
+        x[i] = element(exps.get(i), x[i], c + i * kStep, lanes);
       }
       CE_UNROLL for (int i = 0; i < kSize; i += kVectors) {
         grad.template set<kVectors>(c + i * kStep, lanes, dense, streams, x + i);
@@ -451,8 +514,8 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const auto write_singly = [&](int64_t c, int64_t last) __attribute__((always_inline)) {
     for (; c < last; c += kStep) {
       const int count = lanes_at<A, kAlong>(c, last, tile.rows);
-      const Vec<A> x[] = {top - logits.get(c, count)};
-      grad.set(c, count, element(ExpMinus<A, 1, kElementDegree<T>>(x).get(0), c, count));
+      const Vec<A> x[] = {top - applied(transform, logits.get(c, count))};
+      grad.set(c, count, element(ExpMinus<A, 1, kElementDegree<T>>(x).get(0), x[0], c, count));
     }
     return last;
   };
@@ -521,10 +584,9 @@ void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>
     }
     return;
   }
-  const auto kernel =
-      along ? (has_coefficients(p) ? gradient_classes<T, true, true> : gradient_classes<T, true, false>)
-            : (has_coefficients(p) ? gradient_classes<T, false, true> : gradient_classes<T, false, false>);
-  kernel(p, tile, targets, rows, begin, end, exps);
+  pick(p, along, [&](auto a, auto linear, auto transformed) {
+    gradient_classes<T, a, linear, transformed>(p, tile, targets, rows, begin, end, exps);
+  });
 }
 
 template <typename T, bool kAlong>
@@ -558,9 +620,11 @@ void target_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> log_sum = spread<A, kAlong>(rows.scale);
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream) * coefficients.smoothing.keep;
+  const Transformed<A> transform(p);
   for (int64_t c = begin; c < end; c += kClassStep<A, kAlong>) {
     const int count = lanes_at<A, kAlong>(c, end, tile.rows);
-    grad.set(c, count, upstream * coefficients.weights(c, count) * (log_sum - (logits.get(c, count) - top)));
+    const Vec<A> z = applied(transform, logits.get(c, count));
+    grad.set(c, count, upstream * coefficients.weights(c, count) * (log_sum - (z - top)));
   }
   grad.finish(p, tile);
 }
@@ -579,12 +643,14 @@ void weight_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   coefficients.weight = nullptr;
+  const Transformed<A> transform(p);
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> log_sum = spread<A, kAlong>(rows.scale);
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream);
   for (int64_t c = begin; c < end; c += kClassStep<A, kAlong>) {
     const int count = lanes_at<A, kAlong>(c, end, tile.rows);
-    const Vec<A> terms = upstream * coefficients.get(c, count) * (log_sum - (logits.get(c, count) - top));
+    const Vec<A> z = applied(transform, logits.get(c, count));
+    const Vec<A> terms = upstream * coefficients.get(c, count) * (log_sum - (z - top));
     for (int lane = 0; lane < count; ++lane) {
       sums[c - begin + (kAlong ? lane : 0)] += terms[lane];
     }
@@ -597,6 +663,52 @@ void weight_gradient(const Problem& p, bool along, Tile tile, const TileGradient
   (along ? weight_gradient_classes<T, true> : weight_gradient_classes<T, false>)(p, tile, rows, begin, end, sums);
 }
 
+template <typename T, bool kAlong>
+void logit_scale_gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets,
+                                  const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end, double* sum) {
+  using A = Acc<T>;
+  Columns<A, kAlong> columns, probability_columns;
+  const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
+  const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
+  const Transformed<A> transform(p);
+  const Vec<A> top = spread<A, kAlong>(rows.max);
+  const Vec<A> scale = spread<A, kAlong>(rows.scale);
+  const Vec<A> upstream = spread<A, kAlong>(rows.upstream);
+  typename Simd<A>::Mask kept;
+  for (int lane = 0; lane < kLanes<A>; ++lane) {
+    kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
+  }
+  Vec<A> total = {};
+  for (int64_t c = begin; c < end; c += kClassStep<A, kAlong>) {
+    const int count = lanes_at<A, kAlong>(c, end, tile.rows);
+    const Vec<A> x = logits.get(c, count);
+    const Vec<A> z = applied(transform, x);
+    const Vec<A> gradient = RowGradient<A>::element(exp_minus<A>(top - z), coefficients.get(c, count), scale, upstream);
+    total += first_lanes<A>(count) & kept ? gradient * transform.slope(z) * x : Vec<A>{};
+  }
+  *sum += reduce_sum<A>(total);
+  for (int lane = 0; lane < tile.rows; ++lane) {  // what only the index has
+    const int64_t target = targets.index[lane];
+    if (target >= begin && target < end) {
+      const A coefficient = coefficients.smoothing.keep * targets.weight[lane];
+      A x[kLanes<A>], z[kLanes<A>];
+      const Vec<A> x_target = target_logits(logits, targets, tile.rows, begin, end);
+      store(x, x_target);
+      store(z, applied(transform, x_target));
+      *sum -= double(rows.upstream[lane] * coefficient) * transform.slope(z[lane]) * x[lane];
+    }
+  }
+}
+
+template <typename T>
+void logit_scale_gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets,
+                          const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end, double* sum) {
+  if (targets.any_kept) {
+    (along ? logit_scale_gradient_classes<T, true> : logit_scale_gradient_classes<T, false>)(p, tile, targets, rows,
+                                                                                             begin, end, sum);
+  }
+}
+
 template <typename T>
 void scale(T* data, int64_t count, Acc<T> factor) {
   constexpr int kStep = kLanes<Acc<T>>;
@@ -607,7 +719,8 @@ void scale(T* data, int64_t count, Acc<T> factor) {
 }
 
 template <typename T>
-constexpr TileKernels<T> kTileKernels = {kLanes<Acc<T>>,     accumulate<T>,      gradient<T>, sum_coefficients<T>,
-                                         target_gradient<T>, weight_gradient<T>, scale<T>};
+constexpr TileKernels<T> kTileKernels = {
+    kLanes<Acc<T>>,     accumulate<T>,           gradient<T>, sum_coefficients<T>, target_gradient<T>,
+    weight_gradient<T>, logit_scale_gradient<T>, scale<T>};
 
 }  // namespace ce::cpu::CE_ISA

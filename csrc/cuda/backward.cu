@@ -31,11 +31,24 @@ CE_DEVICE Acc<typename Walk::Element> sum_of_coefficients(const Plan& plan, cons
   return sum_in_block<Walk, true>(state, plan, static_cast<RowState<A>*>(shared_memory())).coefficients;
 }
 
-template <typename Walk, bool kLinear>
+template <bool kGeneral, typename Walk, typename A = Acc<typename Walk::Element>>
+CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int64_t row, const RowTarget<A>& target,
+                                         const Walk& walk, const Coefficients<typename Walk::Element>& coefficients,
+                                         int lane) {
+  A sum = target.coefficient;
+  if constexpr (kGeneral) {
+    sum += sum_of_coefficients(plan, walk, coefficients, lane);
+  }
+  return make_row_gradient<A>(exps_of<A>(p, row), sum, A(p.z_loss), target.kept ? upstream_of<A>(p, row) : A(0),
+                              upstream_lse_of<A>(p, row));
+}
+
+template <typename Walk, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2>)
     logits_gradient(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   using T = typename Walk::Element;
   using A = Acc<T>;
+  const LogitTransform<A> transform = transform_of<A>(p);
   const Seat seat = Walk::seat(plan);
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
@@ -44,20 +57,15 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     const bool kept = target.kept || p.grad_lse.data;  // an ignored row has no loss, but a log-sum-exp
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);
     const Coefficients<T> coefficients(p, row);
-    A sum = target.coefficient;
-    if constexpr (kLinear) {
-      sum += sum_of_coefficients(plan, walk, coefficients, seat.lane);
-    }
-    const RowGradient<A> gradient = make_row_gradient<A>(
-        exps_of<A>(p, row), sum, target.kept ? upstream_of<A>(p, row) : A(0), upstream_lse_of<A>(p, row));
+    const RowGradient<A> gradient = gradient_of_row<kGeneral>(p, plan, row, target, walk, coefficients, seat.lane);
     const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
     const auto read = [&](int64_t c, int) {
       return kept ? walk.template read<Walk::kSize>(c) : Piece<T, Walk::kSize>();
     };
-    for_each_piece<kLinear ? 2 : Walk::kBatch>(
+    for_each_piece<kGeneral ? 2 : Walk::kBatch>(
         walk, seat.block * plan.lanes + seat.lane, int64_t{plan.blocks} * plan.lanes, read,
         [&](int64_t c, const auto& piece) {
-          write_gradient<kLinear>(grad, c, piece, kept, target, coefficients, gradient);
+          write_gradient<kGeneral>(grad, c, piece, kept, target, coefficients, transform, gradient);
         });
   }
 }
@@ -69,6 +77,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
   using T = typename Walk::Element;
   using A = Acc<T>;
   const Seat seat = Walk::seat(plan);
+  const LogitTransform<A> transform = transform_of<A>(p);
   const A keep = smoothing_of<A>(p).keep;
   for (int64_t row = first_row(plan) + seat.row; row < p.rows; row += row_step(plan)) {
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, p.classes);
@@ -80,7 +89,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
                    [&](int64_t c, const auto& piece) {
                      constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
                      A values[kSize];
-                     unpack(piece, values);
+                     unpack_logits<true>(piece, transform, values);
                      for (int i = 0; i < kSize; ++i) {
                        values[i] = factor * class_weight<A>(p, c + i) * (log_sum - (values[i] - exps.max));
                      }
@@ -102,6 +111,7 @@ __global__ void __launch_bounds__(kWeightBlock)
     weight_gradient(const __grid_constant__ Problem p, const __grid_constant__ int64_t parts) {
   using A = Acc<T>;
   const Smoothing<A> smoothing = smoothing_of<A>(p);
+  const LogitTransform<A> transform = transform_of<A>(p);
   const int64_t blocks = (p.classes + kWeightBlock - 1) / kWeightBlock;
   const int64_t part = blockIdx.x / blocks;
   const int64_t c = blockIdx.x % blocks * kWeightBlock + threadIdx.x;
@@ -116,9 +126,10 @@ __global__ void __launch_bounds__(kWeightBlock)
     };
     const MaxSum<A> exps = exps_of<A>(p, row);
     const A q = smoothing.coefficient(A(1), element(p.target));
-    sum += upstream_of<A>(p, row) * q * (exps.log_sum() - (element(p.logits) - exps.max));
+    const A z = apply(transform, element(p.logits));
+    sum += upstream_of<A>(p, row) * q * (exps.log_sum() - (z - exps.max));
   }
-  static_cast<double*>(p.workspace)[part * p.classes + c] = sum;
+  p.partial_sums[part * p.classes + c] = sum;
 }
 
 template <typename A>
@@ -130,9 +141,70 @@ __global__ void __launch_bounds__(kWeightBlock)
   }
   double sum = 0;
   for (int64_t part = 0; part < parts; ++part) {
-    sum += static_cast<const double*>(p.workspace)[part * p.classes + c];
+    sum += p.partial_sums[part * p.classes + c];
   }
   static_cast<A*>(p.grad.data)[c] = static_cast<A>(sum);
+}
+
+constexpr int64_t kScaleBlocks = 1024;  // at most
+constexpr int kScaleWarps = kMaxThreads / kWarp;
+
+// Σ ∂loss/∂z_c · ∂z_c/∂scale, each warp's part.
+template <typename Walk>
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2>)
+    logit_scale_gradient(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+  using T = typename Walk::Element;
+  using A = Acc<T>;
+  const LogitTransform<A> transform = transform_of<A>(p);
+  const Seat seat = Walk::seat(plan);
+  double total = 0;
+  for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
+    const bool exists = first + seat.row < p.rows;
+    const int64_t row = exists ? first + seat.row : first;
+    const RowTarget<A> target = exists ? RowTarget<A>(p, index_of(p, row)) : RowTarget<A>();
+    const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);
+    const Coefficients<T> coefficients(p, row);
+    const RowGradient<A> gradient = gradient_of_row<true>(p, plan, row, target, walk, coefficients, seat.lane);
+    const auto read = [&](int64_t c, int) {
+      return target.kept ? walk.template read<Walk::kSize>(c) : Piece<T, Walk::kSize>();
+    };
+    for_each_piece<2>(walk, seat.block * plan.lanes + seat.lane, int64_t{plan.blocks} * plan.lanes, read,
+                      [&](int64_t c, const auto& piece) {
+                        constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
+                        A x[kSize], z[kSize], values[kSize];
+                        unpack(piece, x);
+                        unpack_logits<true>(piece, transform, z);
+                        gradient_of_logits<true>(c, z, target, coefficients, gradient, values);
+                        A sum = 0;
+                        CE_UNROLL for (int i = 0; i < kSize; ++i) {
+                          sum += values[i] * transform.slope(z[i]) * x[i];
+                        }
+                        total += target.kept ? sum : A(0);
+                      });
+  }
+  total = sum_of_lanes(total, kWarp);
+  if (threadIdx.x % kWarp == 0) {
+    p.partial_sums[blockIdx.x * (plan.threads / kWarp) + threadIdx.x / kWarp] = total;
+  }
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kWarp)
+    sum_scale_parts(const __grid_constant__ Problem p, const __grid_constant__ int64_t parts) {
+  double sum = 0;
+  for (int64_t part = threadIdx.x; part < parts; part += kWarp) {
+    sum += p.partial_sums[part];
+  }
+  sum = sum_of_lanes(sum, kWarp);
+  if (threadIdx.x == 0) {
+    *static_cast<A*>(p.grad.data) = static_cast<A>(sum);
+  }
+}
+
+void find_divisor(const Problem& p, Stream stream) {
+  if (p.divides_by_weight) {
+    sum_rows(p, /*losses=*/false, stream);
+  }
 }
 
 // Calls f with the walk that the logits' layout asks for.
@@ -150,7 +222,7 @@ void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
   dispatch_walk(p, [&](auto* type) {
     using Walk = std::remove_pointer_t<decltype(type)>;
     Grid grid{blocks_for(p, plan), plan.threads};
-    if (has_coefficients(p)) {
+    if (is_general(p)) {
       grid.shared = shared_states<Walk>(plan) * sizeof(RowState<Acc<typename Walk::Element>>);
       launch(logits_gradient<Walk, true>, grid, stream, p, plan);
     } else {
@@ -160,9 +232,7 @@ void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
 }
 
 void backward(const Problem& p, const Plan& plan, Stream stream) {
-  if (p.divides_by_weight) {
-    sum_rows(p, /*losses=*/false, stream);
-  }
+  find_divisor(p, stream);
   map_gradient(p, plan, stream);
 }
 
@@ -171,6 +241,7 @@ void backward(const Problem& p, Stream stream) {
 }
 
 void target_backward(const Problem& p, Stream stream) {
+  find_divisor(p, stream);
   const Plan plan = plan_backward(p, current_device());
   dispatch_walk(p, [&](auto* type) {
     launch(target_gradient<std::remove_pointer_t<decltype(type)>>, {blocks_for(p, plan), plan.threads}, stream, p,
@@ -178,11 +249,30 @@ void target_backward(const Problem& p, Stream stream) {
   });
 }
 
-int64_t weight_backward_workspace_size(const Problem& p) {
-  return weight_parts(p) * p.classes * sizeof(double);
+int64_t weight_backward_sums(const Problem& p) {
+  return weight_parts(p) * p.classes;
+}
+
+int64_t logit_scale_backward_sums() {
+  return kScaleBlocks * kScaleWarps;
+}
+
+void logit_scale_backward(const Problem& p, Stream stream) {
+  find_divisor(p, stream);
+  Plan plan = plan_backward(p, current_device());
+  plan.tiles = std::min(plan.tiles, kScaleBlocks / plan.blocks);
+  dispatch_walk(p, [&](auto* type) {
+    using Walk = std::remove_pointer_t<decltype(type)>;
+    using A = Acc<typename Walk::Element>;
+    Grid grid{blocks_for(p, plan), plan.threads};
+    grid.shared = shared_states<Walk>(plan) * sizeof(RowState<A>);
+    launch(logit_scale_gradient<Walk>, grid, stream, p, plan);
+    launch(sum_scale_parts<A>, {1, kWarp}, stream, p, grid.blocks * (plan.threads / kWarp));
+  });
 }
 
 void weight_backward(const Problem& p, Stream stream) {
+  find_divisor(p, stream);
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t blocks = (p.classes + kWeightBlock - 1) / kWeightBlock;

@@ -69,7 +69,7 @@ CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target,
   if (p.target_type != TargetType::kProbabilities) {
     state.add(target.coefficient, target_logit);
   }
-  write(p.loss, target.kept ? state.loss() : A(0));
+  write(p.loss, target.kept ? state.loss(A(p.z_loss)) : A(0));
 }
 
 template <typename T>
@@ -79,15 +79,22 @@ CE_DEVICE const T* row_of(const Input& operand, const Problem& p, int64_t row) {
 
 template <typename A, typename T>
 CE_DEVICE A target_logit(const Problem& p, int64_t row, const RowTarget<A>& target) {
-  return target.index < 0 ? A(0) : A(to_accumulator(row_of<T>(p.logits, p, row)[target.index * p.logits.class_stride]));
+  if (target.index < 0) {
+    return 0;
+  }
+  const A x = to_accumulator(row_of<T>(p.logits, p, row)[target.index * p.logits.class_stride]);
+  const LogitTransform<A> transform = transform_of<A>(p);
+  return transform.is_given() ? apply(transform, x) : x;
 }
 
-template <typename Walk, bool kGrad, bool kLinear>
-__global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (Walk::kSize == 1 || kGrad) + kLinear>)
+template <typename Walk, bool kGrad, bool kGeneral>
+__global__ void __launch_bounds__(kMaxThreads,
+                                  kBlocks<typename Walk::Element, (Walk::kSize == 1 || kGrad) + 2 * kGeneral>)
     forward_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   using T = typename Walk::Element;
   using A = Acc<T>;
   using Whole = Piece<T, Walk::kSize>;
+  const LogitTransform<A> transform = transform_of<A>(p);
   RowState<A>* const states = static_cast<RowState<A>*>(shared_memory());
   Whole* const kept = reinterpret_cast<Whole*>(states + shared_states<Walk>(plan)) + threadIdx.x;
 
@@ -116,8 +123,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (
     for_each_piece<Walk::kBatch>(walk, rank, ranks, read, [&](int64_t c, const auto& piece) {
       constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
       A z[kSize];
-      unpack(piece, z);
-      if constexpr (kLinear) {
+      unpack_logits<kGeneral>(piece, transform, z);
+      if constexpr (kGeneral) {
         A a[kSize];
         coefficients.read(c, a);
         push(state, z, a);
@@ -128,9 +135,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (
     const RowTarget<A> target = exists ? RowTarget<A>(p, index) : RowTarget<A>();
     // For the row's first thread, before the gradient may replace it.
     const A z_target = rank == 0 ? target_logit<A, T>(p, row, target) : A(0);
-    state = sum_in_block<Walk, kLinear>(state, plan, states);
+    state = sum_in_block<Walk, kGeneral>(state, plan, states);
     if (plan.cluster) {
-      state = sum_in_cluster<kLinear>(state, plan, states);
+      state = sum_in_cluster<kGeneral>(state, plan, states);
     } else if (plan.blocks > 1) {
       if (seat.lane == 0 && exists) {
         Workspace(p.workspace).template parts<A>()[row * plan.blocks + seat.block] = state;
@@ -144,20 +151,20 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, (
       const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
                      exists ? p.classes : 0);
       const RowGradient<A> gradient = make_row_gradient<A>(state.exps, state.coefficients + target.coefficient,
-                                                           target.kept ? upstream_of<A>(p, row) : A(0), 0);
+                                                           A(p.z_loss), target.kept ? upstream_of<A>(p, row) : A(0), 0);
       const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
       const auto read_again = [&](int64_t c, int turn) {
         return plan.kept > 0 ? kept[turn * plan.threads] : target.kept ? out.template read<Walk::kSize>(c) : Whole();
       };
       for_each_piece<1>(out, rank, ranks, read_again, [&](int64_t c, const auto& piece) {
-        write_gradient<kLinear>(grad, c, piece, target.kept, target, coefficients, gradient);
+        write_gradient<kGeneral>(grad, c, piece, target.kept, target, coefficients, transform, gradient);
       });
     }
   }
 }
 
 // What blocks have found of the rows that they share, a warp for each row.
-template <typename T, bool kLinear>
+template <typename T, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads)
     merge_parts(const __grid_constant__ Problem p, const __grid_constant__ int blocks) {
   using A = Acc<T>;
@@ -170,32 +177,32 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int part = threadIdx.x % kWarp; part < blocks; part += kWarp) {
     state = state.merge(parts[part]);
   }
-  state = sum_of_lanes<kLinear>(state, kWarp);
+  state = sum_of_lanes<kGeneral>(state, kWarp);
   if (threadIdx.x % kWarp == 0) {
     const RowTarget<A> target(p, index_of(p, row));
     finish(p, row, target, target_logit<A, T>(p, row, target), state);
   }
 }
 
-template <typename Walk, bool kLinear>
+template <typename Walk, bool kGeneral>
 void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
   using A = Acc<typename Walk::Element>;
   const bool merges = plan.blocks > 1 && !plan.cluster;
   Grid grid{blocks_for(p, plan), plan.threads, plan.cluster ? plan.blocks : 1};
   grid.shared = shared_states<Walk>(plan) * sizeof(RowState<A>) +
                 static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
-  launch(p.grad.data && !merges ? forward_rows<Walk, true, kLinear> : forward_rows<Walk, false, kLinear>, grid, stream,
-         p, plan);
+  launch(p.grad.data && !merges ? forward_rows<Walk, true, kGeneral> : forward_rows<Walk, false, kGeneral>, grid,
+         stream, p, plan);
   if (merges) {
     constexpr int kRows = 8;  // of a block
-    launch(merge_parts<typename Walk::Element, kLinear>, {(p.rows + kRows - 1) / kRows, kRows * kWarp}, stream, p,
+    launch(merge_parts<typename Walk::Element, kGeneral>, {(p.rows + kRows - 1) / kRows, kRows * kWarp}, stream, p,
            plan.blocks);
   }
 }
 
 template <typename Walk>
 void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
-  has_coefficients(p) ? launch_rows<Walk, true>(p, plan, stream) : launch_rows<Walk, false>(p, plan, stream);
+  is_general(p) ? launch_rows<Walk, true>(p, plan, stream) : launch_rows<Walk, false>(p, plan, stream);
 }
 
 }  // namespace

@@ -56,6 +56,10 @@ CE_DEVICE void* shared_memory() {
 
 #define CE_CLUSTERS
 
+CE_DEVICE float divide_approx(float n, float d) {
+  return n / d;
+}
+
 CE_DEVICE float exp2_approx(float x) {
   const float result = std::exp2(x);
   return result < std::numeric_limits<float>::min() ? 0 : result;  // the instruction flushes subnormals
@@ -155,6 +159,10 @@ CE_DEVICE void* shared_memory() {
   return memory;
 }
 
+CE_DEVICE float divide_approx(float n, float d) {
+  return __fdividef(n, d);
+}
+
 CE_DEVICE float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -215,6 +223,20 @@ CE_DEVICE float exponential(float x) {
 }
 CE_DEVICE double exponential(double x) {
   return std::exp(x);
+}
+
+CE_DEVICE float hyperbolic_tangent(float x) {
+  const auto ratio = tanh_ratio(x > kTanhLimit ? kTanhLimit : x < -kTanhLimit ? -kTanhLimit : x);
+  return divide_approx(ratio.numerator, ratio.denominator);
+}
+CE_DEVICE double hyperbolic_tangent(double x) {
+  return std::tanh(x);
+}
+
+// From a logit as it is given to that of the formula.
+template <typename A>
+CE_DEVICE A apply(const LogitTransform<A>& transform, A x) {
+  return transform.cap > 0 ? transform.cap * hyperbolic_tangent(x * transform.before_tanh()) : x * transform.scale;
 }
 
 // A scalar of the type that only the call knows.

@@ -31,13 +31,13 @@ CE_DEVICE V max_of_lanes(V value, int width) {
   return value;
 }
 
-// Of `width` neighbouring lanes, for each of them: a power of two up to a warp. `kLinear` tells whether anything but
+// Of `width` neighbouring lanes, for each of them: a power of two up to a warp. `kGeneral` tells whether anything but
 // the exponentials is summed.
-template <bool kLinear, typename A>
+template <bool kGeneral, typename A>
 CE_DEVICE RowState<A> sum_of_lanes(RowState<A> state, int width) {
   state.raise(max_of_lanes(state.exps.max, width));
   state.exps.sum = sum_of_lanes(state.exps.sum, width);
-  if constexpr (kLinear) {
+  if constexpr (kGeneral) {
     state.linear = sum_of_lanes(state.linear, width);
     state.coefficients = sum_of_lanes(state.coefficients, width);
   }
@@ -52,18 +52,18 @@ CE_HOST_DEVICE int shared_states(const Plan& plan) {
 
 // Of all threads that share a row in this block, for each of them. All threads of the block have to call it. It orders
 // memory: what they have read of the row before may be overwritten after.
-template <typename Walk, bool kLinear, typename A>
+template <typename Walk, bool kGeneral, typename A>
 CE_DEVICE RowState<A> sum_in_block(RowState<A> state, const Plan& plan, RowState<A>* shared) {
   const int thread = threadIdx.x;
   if constexpr (Walk::kSize > 1) {
-    state = sum_of_lanes<kLinear>(state, plan.lanes < kWarp ? plan.lanes : kWarp);
+    state = sum_of_lanes<kGeneral>(state, plan.lanes < kWarp ? plan.lanes : kWarp);
     const int warps = plan.lanes / kWarp;
     if (warps > 1) {
       if (thread % kWarp == 0) {
         shared[thread / kWarp] = state;
       }
       __syncthreads();
-      state = sum_of_lanes<kLinear>(shared[thread % warps], warps);
+      state = sum_of_lanes<kGeneral>(shared[thread % warps], warps);
       __syncthreads();
     } else {
       __syncwarp();
@@ -85,14 +85,14 @@ CE_DEVICE RowState<A> sum_in_block(RowState<A> state, const Plan& plan, RowState
 }
 
 // Of the blocks of a cluster, whose one row it is, for each of their threads.
-template <bool kLinear, typename A>
+template <bool kGeneral, typename A>
 CE_DEVICE RowState<A> sum_in_cluster(RowState<A> state, const Plan& plan, RowState<A>* shared) {
   RowState<A>* const mine = shared + plan.threads / kWarp;
   if (threadIdx.x == 0) {
     *mine = state;
   }
   cluster_barrier();
-  state = sum_of_lanes<kLinear>(*in_block(mine, threadIdx.x % plan.blocks), plan.blocks);
+  state = sum_of_lanes<kGeneral>(*in_block(mine, threadIdx.x % plan.blocks), plan.blocks);
   cluster_barrier();  // nobody leaves, or writes there again, before all have read
   return state;
 }

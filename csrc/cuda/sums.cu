@@ -16,12 +16,17 @@ constexpr int kCluster = 8;
 template <typename A>
 CE_DEVICE RowSums sums_of(const Problem& p, int64_t row, bool losses, bool weights) {
   RowSums sums;
+  const A row_weight = row_weight_of<A>(p, row);
   if (losses) {
-    sums.loss = static_cast<const A*>(p.loss)[row];
+    // Without row weights any order will do.
+    const int64_t offset = p.row_weight.data ? row_offset(p, row, p.row_strides) : row;
+    sums.loss = row_weight * static_cast<const A*>(p.loss)[offset];
   }
-  if (weights) {
+  if (weights && p.target_type == TargetType::kProbabilities) {
+    sums.weight = row_weight;
+  } else if (weights) {
     const int64_t target = read_target(p, row);
-    sums.weight = judge(p, target) == Verdict::kKept ? class_weight<A>(p, target) : A(0);
+    sums.weight = judge(p, target) == Verdict::kKept ? row_weight * class_weight<A>(p, target) : A(0);
   }
   return sums;
 }
@@ -64,10 +69,11 @@ template <typename A>
 CE_DEVICE void write(const Problem& p, const RowSums& sums, bool losses, bool weights) {
   A* const divisor = Workspace(p.workspace).template divisor<A>();
   if (weights) {
-    *divisor = static_cast<A>(sums.weight);
+    *divisor = static_cast<A>(divisor_of_mean(sums.weight, p));
   }
   if (losses) {
-    store_from_double(sums.loss / (p.divides_by_weight ? double(*divisor) : p.divisor), p.total, p.total_type);
+    const bool is_known = !p.divides_by_weight && !p.divisor.data;  // to more digits than A may have
+    store_from_double(sums.loss / (is_known ? p.divisor.value : double(divisor_of<A>(p))), p.total, p.total_type);
   }
 }
 

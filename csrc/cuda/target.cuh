@@ -46,6 +46,23 @@ struct RowTarget {
   }
 };
 
+// Whether a call asks for more than the loss of an index: coefficients of other classes, transformed logits.
+inline bool is_general(const Problem& p) {
+  return has_coefficients(p) || transforms(p);
+}
+
+// The logits of the loss, in a kernel that is `kGeneral`.
+template <bool kGeneral, typename T, int kSize>
+CE_DEVICE void unpack_logits(const Piece<T, kSize>& piece, const LogitTransform<Acc<T>>& transform,
+                             Acc<T> (&z)[kSize]) {
+  unpack(piece, z);
+  if (kGeneral && transform.is_given()) {
+    CE_UNROLL for (int i = 0; i < kSize; ++i) {
+      z[i] = apply(transform, z[i]);
+    }
+  }
+}
+
 // The coefficients that a row's classes have besides that of an index.
 template <typename T>
 class Coefficients {
@@ -70,7 +87,7 @@ class Coefficients {
       }
     } else {
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
-        coefficients[i] = smoothing_.background(class_weight<A>(p_, c + i));
+        coefficients[i] = smoothing_.uniform == 0 ? A(0) : smoothing_.background(class_weight<A>(p_, c + i));
       }
     }
   }
@@ -81,13 +98,18 @@ class Coefficients {
   Companion<const T> probabilities_;
 };
 
-// The upstream gradient of a row's loss over the divisor of the reduction.
+template <typename A>
+CE_DEVICE A divisor_of(const Problem& p) {
+  return p.divides_by_weight ? *Workspace(p.workspace).template divisor<A>() : value_of<A>(p.divisor);
+}
+
+// The upstream gradient of a row's loss: with its weight, over the divisor of the reduction.
 template <typename A>
 CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
-  const A divisor = p.divides_by_weight ? *Workspace(p.workspace).template divisor<A>() : static_cast<A>(p.divisor);
   const Input& grad = p.grad_loss;
-  return grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) / divisor
-                   : A(1) / divisor;
+  const A upstream =
+      grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) : A(1);
+  return upstream * row_weight_of<A>(p, row) / divisor_of<A>(p);
 }
 
 template <typename A>
@@ -96,27 +118,38 @@ CE_DEVICE A upstream_lse_of(const Problem& p, int64_t row) {
   return grad.data ? static_cast<const A*>(grad.data)[row_offset(p, row, grad.strides)] : A(0);
 }
 
-// Writes the gradient of a piece of a row from class c on; 0 where the row is not kept. `kLinear` tells whether classes
-// other than the target's index have coefficients.
-template <bool kLinear, typename T, int kSize>
-CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T, kSize>& piece, bool kept,
-                              const RowTarget<Acc<T>>& target, const Coefficients<T>& coefficients,
-                              const RowGradient<Acc<T>>& row) {
-  using A = Acc<T>;
-  A values[kSize];
-  unpack(piece, values);
+// The gradient of the formula's logits z, of a piece of a row from class c on.
+template <bool kGeneral, typename T, int kSize, typename A = Acc<T>>
+CE_DEVICE void gradient_of_logits(int64_t c, const A (&z)[kSize], const RowTarget<A>& target,
+                                  const Coefficients<T>& coefficients, const RowGradient<A>& row, A (&values)[kSize]) {
   A a[kSize] = {};
-  if constexpr (kLinear) {
+  if constexpr (kGeneral) {
     coefficients.read(c, a);
   }
   CE_UNROLL for (int i = 0; i < kSize; ++i) {
-    const A exp = exponential(values[i] - row.max);
-    values[i] = kLinear ? row.element(exp, a[i], row.scale, row.upstream) : row.scale * exp;
+    const A exp = exponential(z[i] - row.max);
+    values[i] = kGeneral ? row.element(exp, a[i], row.scale, row.upstream) : row.scale * exp;
   }
   if (target.index >= c && target.index - c < kSize) {
     const int at = static_cast<int>(target.index - c);
     CE_UNROLL for (int i = 0; i < kSize; ++i) {
       values[i] -= i == at ? row.upstream * target.coefficient : A(0);
+    }
+  }
+}
+
+// Writes that of the logits as they are given; 0 where the row is not kept.
+template <bool kGeneral, typename T, int kSize>
+CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T, kSize>& piece, bool kept,
+                              const RowTarget<Acc<T>>& target, const Coefficients<T>& coefficients,
+                              const LogitTransform<Acc<T>>& transform, const RowGradient<Acc<T>>& row) {
+  using A = Acc<T>;
+  A z[kSize], values[kSize];
+  unpack_logits<kGeneral>(piece, transform, z);
+  gradient_of_logits<kGeneral>(c, z, target, coefficients, row, values);
+  if (kGeneral && transform.is_given()) {
+    CE_UNROLL for (int i = 0; i < kSize; ++i) {
+      values[i] *= transform.scale * transform.slope(z[i]);
     }
   }
   CE_UNROLL for (int i = 0; i < kSize; ++i) {

@@ -20,6 +20,11 @@ NAMES = ("logits", "target", "weight")
 Function = Callable[..., Tensor]  # of these three
 
 
+def row_weight(logits: Tensor) -> Tensor:
+    """A constant for each row, which lies as the logits do."""
+    return torch.zeros_like(logits.detach().select(1, 0)).add(0.75)
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """One way of calling the loss."""
@@ -51,11 +56,18 @@ class Option:
             return cross_entropy.CrossEntropyLoss(weight, **self.options)(logits, target)
         if self.call == "inplace":
             return cross_entropy.cross_entropy(logits * 1, target, weight, inplace=True, **self.options)
-        return cross_entropy.cross_entropy(logits, target, weight, **self.options)
+        options = self.options | ({"row_weight": row_weight(logits)} if self.call == "beyond torch" else {})
+        return cross_entropy.cross_entropy(logits, target, weight, **options)
 
     def theirs(self, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         if self.call == "row_stats":
             return F.cross_entropy(logits, target, weight, reduction="none") + logits.logsumexp(1).square()
+        if self.call == "beyond torch":
+            o = self.options
+            z = o["softcap"] * (o["logit_scale"] / o["softcap"] * logits).tanh()
+            rows = F.cross_entropy(z, target, weight, reduction="none", label_smoothing=o["label_smoothing"])
+            rows = rows + o["z_loss"] * z.logsumexp(1).square().where(target != -100, 0)
+            return (rows * row_weight(logits)).sum() / o["divisor"]
         return F.cross_entropy(logits, target, weight, **self.options)
 
 
@@ -71,6 +83,11 @@ OPTIONS = {
     "bfloat16": Option(dtype=torch.bfloat16),
     "module": Option({"reduction": "sum"}, weighted=True, call="CrossEntropyLoss"),
     "row_stats": Option(call="row_stats"),
+    "beyond torch": Option(
+        {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0, "logit_scale": 0.75, "divisor": 2.5},
+        weighted=True,
+        call="beyond torch",
+    ),
     "inplace": Option(call="inplace"),
     "inplace, none": Option({"reduction": "none"}, call="inplace"),
 }

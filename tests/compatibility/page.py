@@ -18,8 +18,9 @@ NOTES = {
 
 def call_of(option: Option) -> str:
     given = [f"{name}={value!r}" for name, value in option.options.items()]
+    given += ["row_weight=…"] * (option.call == "beyond torch")
     given += ["weight=…"] * option.weighted + ["inplace=True"] * (option.call == "inplace")
-    function = {"inplace": "cross_entropy"}.get(option.call, option.call)
+    function = option.call if option.call in ("CrossEntropyLoss", "row_stats") else "cross_entropy"
     if option.call == "CrossEntropyLoss":
         return f"`{function}({', '.join(given)})(…)`"
     return f"`{function}({', '.join(['…', *given])})`"

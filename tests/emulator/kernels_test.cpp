@@ -253,7 +253,7 @@ void run(const char* group, const Case& c, Pass pass, const std::function<void(c
   p.ignore_index = c.target == TargetType::kUInt8 ? 255 : -100;
   p.label_smoothing = c.smoothing;
   p.divides_by_weight = c.reduction == 'm' && !probabilities;
-  p.divisor = probabilities ? divisor : 1;
+  p.divisor.value = probabilities ? divisor : 1;
   p.row_strides[0] = c.inner;
   p.row_strides[1] = 1;
 

@@ -1,0 +1,78 @@
+// The operators' arguments: in their schemas, as parameters of the functions that torch's dispatcher calls, and in the
+// structs that this project's functions take. Here an option is added to all operators.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <utility>
+
+#include "ops.h"
+
+namespace ce {
+
+#define CE_INPUTS_BESIDES_LOGITS                                                                \
+  "Tensor target, Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, "  \
+  "bool full_precision=False, *, Tensor? row_weight=None, Tensor? logit_scale_tensor=None, "    \
+  "Tensor? divisor_tensor=None, float z_loss=0.0, float? softcap=None, float logit_scale=1.0, " \
+  "float? divisor=None, SymInt? valid_classes=None, bool zero_if_empty=False"
+#define CE_INPUTS "Tensor logits, " CE_INPUTS_BESIDES_LOGITS
+#define CE_INPUTS_TO_WRITE_TO "Tensor(a!) logits, " CE_INPUTS_BESIDES_LOGITS
+#define CE_BACKWARD_INPUTS "Tensor grad_loss, Tensor? grad_lse, Tensor max, Tensor sum, "
+
+#define CE_INPUT_PARAMETERS                                                                                    \
+  const at::Tensor &logits, const at::Tensor &target, const OptionalTensor &weight, int64_t reduction,         \
+      c10::SymInt ignore_index, double label_smoothing, bool full_precision, const OptionalTensor &row_weight, \
+      const OptionalTensor &logit_scale_tensor, const OptionalTensor &divisor_tensor, double z_loss,           \
+      std::optional<double> softcap, double logit_scale, std::optional<double> divisor,                        \
+      std::optional<c10::SymInt> valid_classes, bool zero_if_empty
+#define CE_INPUTS_FROM_PARAMETERS                                                                                   \
+  Inputs {                                                                                                          \
+    logits, target, weight,                                                                                         \
+        Options{reduction, std::move(ignore_index),  label_smoothing, full_precision, z_loss, softcap, logit_scale, \
+                divisor,   std::move(valid_classes), zero_if_empty},                                                \
+        row_weight, logit_scale_tensor, divisor_tensor                                                              \
+  }
+#define CE_ARGUMENTS_OF(in)                                                                                        \
+  in.logits, in.target, in.weight, in.options.reduction, in.options.ignore_index, in.options.label_smoothing,      \
+      in.options.full_precision, in.row_weight, in.logit_scale, in.divisor, in.options.z_loss, in.options.softcap, \
+      in.options.logit_scale, in.options.divisor, in.options.valid_classes, in.options.zero_if_empty
+
+// What the dispatcher calls for a kernel of Inputs, or of BackwardInputs and Inputs.
+template <auto kKernel>
+auto unpacked(CE_INPUT_PARAMETERS) {
+  return kKernel(CE_INPUTS_FROM_PARAMETERS);
+}
+template <auto kKernel>
+auto unpacked_backward(const at::Tensor& grad_loss, const OptionalTensor& grad_lse, const at::Tensor& max,
+                       const at::Tensor& sum, CE_INPUT_PARAMETERS) {
+  return kKernel(BackwardInputs{grad_loss, grad_lse, max, sum}, CE_INPUTS_FROM_PARAMETERS);
+}
+
+// An operator of them, as a function.
+template <typename Result>
+class Operator {
+ public:
+  explicit Operator(const char* name)
+      : call_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(CE_INPUT_PARAMETERS)>()) {}
+  Result operator()(const Inputs& in) const { return call_.call(CE_ARGUMENTS_OF(in)); }
+
+ private:
+  c10::TypedOperatorHandle<Result(CE_INPUT_PARAMETERS)> call_;
+};
+
+template <typename Result>
+class BackwardOperator {
+ public:
+  explicit BackwardOperator(const char* name)
+      : call_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
+  Result operator()(const BackwardInputs& b, const Inputs& in) const {
+    return call_.call(b.grad_loss, b.grad_lse, b.max, b.sum, CE_ARGUMENTS_OF(in));
+  }
+
+ private:
+  using Signature = Result(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
+                           CE_INPUT_PARAMETERS);
+  c10::TypedOperatorHandle<Signature> call_;
+};
+
+}  // namespace ce
