@@ -32,7 +32,9 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
         "copy": on_logits(grad.copy_),
         "forward": on_logits(lambda x: operators.loss(x, target, None, *options)),
         "forward with gradient": on_logits(lambda x: operators.forward_grad(x, target, None, *options)),
-        "backward": on_logits(lambda x: operators.backward(upstream, None, maximum, total, x, target, None, *options)),
+        "backward": on_logits(
+            lambda x: operators.backward(upstream, None, maximum, total, None, None, None, x, target, None, *options)
+        ),
         "torch forward": eager["forward"],
         "torch forward + backward": eager["both"],
     }

@@ -35,6 +35,19 @@ def row_stats(
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def stats(
+    outputs: int,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale_tensor: Tensor | None,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    valid_classes: int | None,
+) -> tuple[Tensor, ...]: ...
 def check_errors() -> None: ...
 def release_memory() -> None: ...
 def build_info() -> tuple[str, str, str | None, list[str], bool, str]: ...

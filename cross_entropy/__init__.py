@@ -10,7 +10,15 @@ tensor(0.7437)
 tensor(-0.)
 """
 
-from cross_entropy.functional import RowStats, check_errors, cross_entropy, release_memory, row_stats
+from cross_entropy.functional import (
+    RowStats,
+    check_errors,
+    cross_entropy,
+    entropy,
+    log_prob,
+    release_memory,
+    row_stats,
+)
 from cross_entropy.info import BuildInfo, __version__, build_info
 from cross_entropy.modules import CrossEntropyLoss
 
@@ -22,6 +30,8 @@ __all__ = [
     "build_info",
     "check_errors",
     "cross_entropy",
+    "entropy",
+    "log_prob",
     "release_memory",
     "row_stats",
 ]

@@ -1,6 +1,6 @@
 """The functions of the package: argument forms around the compiled operators."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -9,9 +9,9 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cross_entropy import _C
-from cross_entropy.options import Call, CallOptions, shows_options
+from cross_entropy.options import NONE, Call, CallOptions, RowOptions, accumulator_of, check_outputs, shows_options
 
-__all__ = ["RowStats", "check_errors", "cross_entropy", "row_stats"]
+__all__ = ["RowStats", "check_errors", "cross_entropy", "entropy", "log_prob", "release_memory", "row_stats"]
 
 
 class _RowStats(NamedTuple):
@@ -137,26 +137,70 @@ def cross_entropy(
     return _C.cross_entropy(input, target, weight, number, ignore_index, label_smoothing, inplace)
 
 
+@overload
 def row_stats(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     *,
+    outputs: None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-) -> RowStats:
-    """Each row's maximum, logsumexp and loss, from a single read of the logits.
+    **options: Unpack[RowOptions],
+) -> RowStats: ...
+@overload
+def row_stats(
+    logits: Tensor,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    outputs: tuple[str, ...],
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    **options: Unpack[RowOptions],
+) -> tuple[Tensor, ...]: ...
+def row_stats(
+    logits: Tensor,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    outputs: tuple[str, ...] | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    **options: Unpack[RowOptions],
+) -> RowStats | tuple[Tensor, ...]:
+    r"""What a single read of the logits tells about each row.
 
     Args:
-        logits, target, weight, ignore_index, label_smoothing: as in :func:`cross_entropy`.
+        logits, target, weight, ignore_index, label_smoothing: as in :func:`cross_entropy`. Without a target there are
+            only the outputs that do not depend on it.
+        outputs: what is wanted, of the logits :math:`z` after `logit_scale` and `softcap` and their softmax :math:`p`:
+
+            - ``"loss"``: as :func:`cross_entropy` has it without a reduction; 0 in ignored rows.
+            - ``"logsumexp"``: :math:`\ln \sum_c e^{z_c}`.
+            - ``"maximum"``: of :math:`z`.
+            - ``"log_prob"``: :math:`\ln p` of the target; 0 in ignored rows.
+            - ``"entropy"``: :math:`-\sum_c p_c \ln p_c`.
+            - ``"argmax"``: the first class of the largest logit, NaN left out.
+            - ``"rank"``: how many classes are before the target: of a larger logit, or of an equal one and a smaller
+              index; −1 in ignored rows.
+            - ``"correct"``: whether the target has rank 0.
+        class_dim, valid_classes, logit_scale, softcap, z_loss: as in :func:`cross_entropy`.
 
     Returns:
-        RowStats of three tensors of the shape of the rows, (), (N) or (N, d1, …, dK), in float64 for float64 logits
-        and float32 for all others. `logsumexp` and `loss` are differentiable. In an ignored row the loss is 0; the
-        maximum and the logsumexp are its own.
+        The outputs in their order, or else a RowStats of maximum, logsumexp and loss; tensors of the shape of the rows:
+        (), (N) or (N, d1, …, dK). They are float64 for float64 logits and float32 for all others; `argmax` and `rank`
+        are int64, `correct` is bool. `loss`, `logsumexp`, `log_prob` and `entropy` are differentiable, all in one
+        backward pass. What does not depend on the target is given of ignored rows too.
+
+    Raises:
+        ValueError: an output that is not known, asked for twice, or needs class indices; TypeError: one that needs a
+            target. Otherwise as :func:`cross_entropy`.
 
     >>> row_stats(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]))
     RowStats(maximum=tensor([3.]), logsumexp=tensor([3.4076]), loss=tensor([0.4076]))
+    >>> row_stats(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([1]), outputs=("entropy", "rank"))
+    (tensor([0.8324]), tensor([1]))
     """
     if has_torch_function_variadic(logits, target, weight):
         return handle_torch_function(
@@ -165,15 +209,95 @@ def row_stats(
             logits,
             target,
             weight=weight,
+            outputs=outputs,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            **options,
         )
     if type(logits) is not Tensor:
         _prepare_for(logits)
+    if outputs is not None or options:
+        names = ("maximum", "logsumexp", "loss") if outputs is None else tuple(outputs)
+        check_outputs(names, logits, target)
+        call = Call(logits, target, NONE, options)
+        results = call.stats(names, weight, ignore_index, label_smoothing)
+        return RowStats._make(results) if outputs is None else results
+    if target is None:
+        raise TypeError("row_stats() needs a target, or outputs that do not depend on it")
     if is_compiling():
         operator = torch.ops.cross_entropy.row_stats
         return RowStats._make(operator(logits, target, weight, ignore_index, label_smoothing))
     return RowStats._make(_C.row_stats(logits, target, weight, ignore_index, label_smoothing))
+
+
+def _options_of_softmax(
+    logits: Tensor, temperature: float | Tensor, class_dim: int, valid_classes: int | None
+) -> RowOptions:
+    if class_dim not in (1, -1):
+        raise ValueError(f"cross_entropy: class_dim must be -1 or 1. Got: {class_dim}")
+    if isinstance(temperature, Tensor):
+        if temperature.dim() > 0:
+            raise ValueError(f"cross_entropy: temperature must be of shape (). Got: {list(temperature.shape)}")
+        scale: float | Tensor = temperature.to(accumulator_of(logits)).reciprocal()
+    elif temperature > 0:
+        scale = 1.0 / temperature
+    else:
+        raise ValueError(f"cross_entropy: temperature must be positive. Got: {temperature}")
+    return {"class_dim": None if class_dim == 1 else -1, "valid_classes": valid_classes, "logit_scale": scale}
+
+
+def log_prob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    class_dim: int = -1,
+    valid_classes: int | None = None,
+) -> Tensor:
+    r"""The log-probability of each target, :math:`\ln \mathrm{softmax}(x / T)_t`, in one read of the logits :math:`x`.
+
+    Args:
+        logits: of shape (…, C) with the classes last, or with ``class_dim=1`` as torch has it, (N, C, …); dtypes and
+            layouts as in :func:`cross_entropy`.
+        target: class indices of the shape of the rows, or flat.
+        temperature: :math:`T > 0`, a number or a tensor of shape (), which may require a gradient.
+        ignore_index: rows with this target get 0 and no gradient.
+        class_dim: -1 or 1.
+        valid_classes: as in :func:`cross_entropy`.
+
+    Returns:
+        A tensor of the target's shape, float64 for float64 logits and float32 for all others. With the entropy in the
+        same pass it is ``row_stats(…, outputs=("log_prob", "entropy"))``.
+
+    >>> log_prob(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]))
+    tensor([-0.4076])
+    """
+    options = _options_of_softmax(logits, temperature, class_dim, valid_classes)
+    return row_stats(logits, target, outputs=("log_prob",), ignore_index=ignore_index, **options)[0]
+
+
+def entropy(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    class_dim: int = -1,
+    valid_classes: int | None = None,
+) -> Tensor:
+    r"""The entropy :math:`-\sum_c p_c \ln p_c` of each row's :math:`p = \mathrm{softmax}(x / T)`, in one read.
+
+    Args:
+        logits, temperature, class_dim, valid_classes: as in :func:`log_prob`.
+
+    Returns:
+        A tensor of the shape of the rows, float64 for float64 logits and float32 for all others. The backward pass reads
+        the logits once and writes their gradient.
+
+    >>> entropy(torch.tensor([[1.0, 1.0]]))
+    tensor([0.6931])
+    """
+    options = _options_of_softmax(logits, temperature, class_dim, valid_classes)
+    return row_stats(logits, outputs=("entropy",), **options)[0]
 
 
 def check_errors() -> None:

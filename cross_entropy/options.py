@@ -16,14 +16,19 @@ __all__: list[str] = []
 NONE = _Reduction.get_enum("none")
 
 
-class Options(TypedDict, total=False):
-    """Of :func:`cross_entropy.cross_entropy`, where they are described, and the module."""
+class RowOptions(TypedDict, total=False):
+    """What is to be done with each row, for all functions; :func:`cross_entropy.cross_entropy` describes them."""
 
     class_dim: int | None
     valid_classes: int | None
     logit_scale: float | Tensor
     softcap: float | None
     z_loss: float
+
+
+class Options(RowOptions, total=False):
+    """Of a loss, and so of the module."""
+
     empty: Literal["nan", "zero"]
     loss_dtype: torch.dtype | None
 
@@ -47,6 +52,14 @@ DEFAULTS: CallOptions = {
     "loss_dtype": None,
 }
 
+# The results of the operator `stats`, and the bits by which those are asked for that are not always there.
+RESULTS = ("loss", "maximum", "sum", "logsumexp", "log_prob", "entropy", "argmax", "rank")
+BITS = {"log_prob": 1, "entropy": 2, "argmax": 4, "rank": 8}
+STATS_ARGUMENTS = ("logit_scale_tensor", "z_loss", "softcap", "logit_scale", "valid_classes")
+OUTPUTS = ("loss", "logsumexp", "maximum", "log_prob", "entropy", "argmax", "correct", "rank")
+OF_THE_TARGET = ("loss", "log_prob", "correct", "rank")
+OF_AN_INDEX = ("log_prob", "correct", "rank")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -64,6 +77,26 @@ def shows_options(function: F) -> F:
     return function
 
 
+def check_outputs(outputs: tuple[str, ...], logits: Tensor, target: Tensor | None) -> None:
+    if not outputs:
+        raise ValueError("row_stats: outputs is empty")
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise ValueError(f"row_stats: outputs are {', '.join(OUTPUTS)}. Got: {name!r}")
+        if outputs.count(name) > 1:
+            raise ValueError(f"row_stats: {name!r} is asked for twice in outputs")
+        if target is None and name in OF_THE_TARGET:
+            raise TypeError(f"row_stats() needs a target for the output {name!r}")
+        if target is not None and target.shape == logits.shape and name in OF_AN_INDEX:
+            raise ValueError(
+                f"row_stats: the output {name!r} is of class indices, and target holds class probabilities"
+            )
+
+
+def accumulator_of(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, (int, float)):
         raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
@@ -79,11 +112,14 @@ def _number_or_tensor(name: str, value: Any, default: float | None) -> tuple[flo
 class Call:
     """One call with options."""
 
-    def __init__(self, input: Tensor, target: Tensor, reduction: int, given: CallOptions) -> None:
+    def __init__(self, input: Tensor, target: Tensor | None, reduction: int, given: CallOptions | RowOptions) -> None:
         if unknown := given.keys() - DEFAULTS.keys():
             raise TypeError(f"cross_entropy() got an unexpected keyword argument '{min(unknown)}'")
         options: dict[str, Any] = {**DEFAULTS, **given}
-        self.input, self.target, self.reduction = input, target, reduction
+        self.input, self.reduction = input, reduction
+        # Where nothing depends on it, any target will do.
+        classes = -1 if options["class_dim"] == -1 else min(1, input.dim() - 1)
+        self.target = torch.zeros_like(input.select(classes, 0), dtype=torch.long) if target is None else target
         self.row_weight = options["row_weight"]
         self.is_flat = False
         if options["class_dim"] not in (None, -1):
@@ -92,7 +128,7 @@ class Call:
             self.move_classes()
         if options["empty"] not in ("nan", "zero"):
             raise ValueError(f"cross_entropy: empty must be 'nan' or 'zero'. Got: {options['empty']!r}")
-        accumulator = torch.float64 if input.dtype == torch.float64 else torch.float32
+        accumulator = accumulator_of(input)
         if options["loss_dtype"] not in (None, input.dtype, accumulator):
             raise ValueError(
                 f"cross_entropy: loss_dtype must be {accumulator} for logits of {input.dtype}. "
@@ -142,3 +178,18 @@ class Call:
         else:
             loss = _C.cross_entropy_with_options(*operands, inplace, self.full_precision, *self.arguments.values())
         return loss.flatten() if self.is_flat and self.reduction == NONE else loss
+
+    def stats(
+        self, names: tuple[str, ...], weight: Tensor | None, ignore_index: int, label_smoothing: float
+    ) -> tuple[Tensor, ...]:
+        bits = sum(BITS.get(name, 0) for name in {"rank" if name == "correct" else name for name in names})
+        if is_compiling():
+            operands = self.input, self.target, weight, NONE, ignore_index, label_smoothing
+            results = torch.ops.cross_entropy.stats(bits, *operands, True, **self.arguments)
+        else:
+            arguments = [self.arguments[name] for name in STATS_ARGUMENTS]
+            results = _C.stats(bits, self.input, self.target, weight, ignore_index, label_smoothing, *arguments)
+        given = dict(zip(RESULTS, results, strict=True))
+        if "correct" in names:
+            given["correct"] = given["rank"] == 0
+        return tuple(given[name].flatten() if self.is_flat else given[name] for name in names)

@@ -101,7 +101,9 @@ class Call:
             if given["zero_if_empty"]:
                 divisor = divisor.masked_fill(divisor == 0, torch.inf)
             self.inputs["divisor_tensor"] = divisor
-        rows = {name: sharding.local(given.get(name), sharding.rows) for name in ("grad_lse", "max", "sum")}
+        self.outputs = given.get("outputs", 0)
+        of_rows = ("grad_lse", "max", "sum", "grad_log_prob", "grad_entropy", "entropy")
+        rows = {name: sharding.local(given.get(name), sharding.rows) for name in of_rows}
         upstream = sharding.rows if self.reduction == NONE else sharding.one
         self.backward_inputs = {"grad_loss": sharding.local(given.get("grad_loss"), upstream), **rows}
 
@@ -132,6 +134,18 @@ def loss(call: Call) -> DTensor:
 def forward(call: Call) -> tuple[DTensor, ...]:
     loss, *rows = OPERATORS.forward(**call.inputs)
     return call.whole_loss(loss), *map(call.whole_rows, rows)
+
+
+def stats(call: Call) -> tuple[DTensor, ...]:
+    loss, *rows = OPERATORS.stats(call.outputs, **call.inputs)
+    one = call.sharding.one
+    # What was not asked for has no elements, whatever the rows are.
+    return call.whole_loss(loss), *(
+        call.whole_rows(r)
+        if r.dim() == loss.dim() and r.shape == loss.shape
+        else call.sharding.whole(r, one, r.shape, (1,))
+        for r in rows
+    )
 
 
 def forward_grad(call: Call) -> tuple[DTensor, DTensor]:
@@ -177,6 +191,7 @@ def register(rule: Callable[[Call], Any]) -> None:
 
 
 for rule in (
+    stats,
     loss,
     forward,
     forward_grad,

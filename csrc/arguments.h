@@ -17,7 +17,9 @@ namespace ce {
   "float? divisor=None, SymInt? valid_classes=None, bool zero_if_empty=False"
 #define CE_INPUTS "Tensor logits, " CE_INPUTS_BESIDES_LOGITS
 #define CE_INPUTS_TO_WRITE_TO "Tensor(a!) logits, " CE_INPUTS_BESIDES_LOGITS
-#define CE_BACKWARD_INPUTS "Tensor grad_loss, Tensor? grad_lse, Tensor max, Tensor sum, "
+#define CE_BACKWARD_INPUTS                                                              \
+  "Tensor grad_loss, Tensor? grad_lse, Tensor max, Tensor sum, Tensor? grad_log_prob, " \
+  "Tensor? grad_entropy, Tensor? entropy, "
 
 #define CE_INPUT_PARAMETERS                                                                                    \
   const at::Tensor &logits, const at::Tensor &target, const OptionalTensor &weight, int64_t reduction,         \
@@ -37,15 +39,23 @@ namespace ce {
       in.options.full_precision, in.row_weight, in.logit_scale, in.divisor, in.options.z_loss, in.options.softcap, \
       in.options.logit_scale, in.options.divisor, in.options.valid_classes, in.options.zero_if_empty
 
-// What the dispatcher calls for a kernel of Inputs, or of BackwardInputs and Inputs.
+#define CE_BACKWARD_PARAMETERS                                                                               \
+  const at::Tensor &grad_loss, const OptionalTensor &grad_lse, const at::Tensor &max, const at::Tensor &sum, \
+      const OptionalTensor &grad_log_prob, const OptionalTensor &grad_entropy, const OptionalTensor &entropy
+
+// What the dispatcher calls for a kernel of Inputs, and of others before them.
 template <auto kKernel>
 auto unpacked(CE_INPUT_PARAMETERS) {
   return kKernel(CE_INPUTS_FROM_PARAMETERS);
 }
 template <auto kKernel>
-auto unpacked_backward(const at::Tensor& grad_loss, const OptionalTensor& grad_lse, const at::Tensor& max,
-                       const at::Tensor& sum, CE_INPUT_PARAMETERS) {
-  return kKernel(BackwardInputs{grad_loss, grad_lse, max, sum}, CE_INPUTS_FROM_PARAMETERS);
+auto unpacked_backward(CE_BACKWARD_PARAMETERS, CE_INPUT_PARAMETERS) {
+  return kKernel(BackwardInputs{grad_loss, grad_lse, max, sum, grad_log_prob, grad_entropy, entropy},
+                 CE_INPUTS_FROM_PARAMETERS);
+}
+template <auto kKernel>
+auto unpacked_stats(int64_t outputs, CE_INPUT_PARAMETERS) {
+  return kKernel(outputs, CE_INPUTS_FROM_PARAMETERS);
 }
 
 // An operator of them, as a function.
@@ -53,11 +63,12 @@ template <typename Result>
 class Operator {
  public:
   explicit Operator(const char* name)
-      : call_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(CE_INPUT_PARAMETERS)>()) {}
+      : call_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
   Result operator()(const Inputs& in) const { return call_.call(CE_ARGUMENTS_OF(in)); }
 
  private:
-  c10::TypedOperatorHandle<Result(CE_INPUT_PARAMETERS)> call_;
+  using Signature = Result(CE_INPUT_PARAMETERS);
+  c10::TypedOperatorHandle<Signature> call_;
 };
 
 template <typename Result>
@@ -66,12 +77,23 @@ class BackwardOperator {
   explicit BackwardOperator(const char* name)
       : call_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
   Result operator()(const BackwardInputs& b, const Inputs& in) const {
-    return call_.call(b.grad_loss, b.grad_lse, b.max, b.sum, CE_ARGUMENTS_OF(in));
+    return call_.call(b.grad_loss, b.grad_lse, b.max, b.sum, b.grad_log_prob, b.grad_entropy, b.entropy,
+                      CE_ARGUMENTS_OF(in));
   }
 
  private:
-  using Signature = Result(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
-                           CE_INPUT_PARAMETERS);
+  using Signature = Result(CE_BACKWARD_PARAMETERS, CE_INPUT_PARAMETERS);
+  c10::TypedOperatorHandle<Signature> call_;
+};
+
+class StatsOperator {
+ public:
+  explicit StatsOperator(const char* name)
+      : call_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
+  Stats operator()(int64_t outputs, const Inputs& in) const { return call_.call(outputs, CE_ARGUMENTS_OF(in)); }
+
+ private:
+  using Signature = Stats(int64_t outputs, CE_INPUT_PARAMETERS);
   c10::TypedOperatorHandle<Signature> call_;
 };
 

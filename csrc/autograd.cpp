@@ -9,6 +9,8 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
+#include <pybind11/pybind11.h>
+
 #include <array>
 #include <utility>
 
@@ -179,12 +181,41 @@ Tensor with_graph(Tensor grad, const Tensor& grad_loss, const OptionalTensor& gr
   return grad;
 }
 
-// Of the loss (input 0 of the node) and, for row_stats, of each row's lse (input 1).
+// The gradients of `wanted` by torch's own derivatives of the formulas, with a graph; undefined where there is none.
+variable_list differentiate(const Inputs& in, const BackwardInputs& b, const variable_list& wanted) {
+  const at::AutoGradMode grad_mode(true);
+  variable_list results, grads;
+  const auto add = [&](const Tensor& result, const OptionalTensor& grad) {
+    if (grad && grad->defined()) {
+      results.push_back(result);
+      grads.push_back(*grad);
+    }
+  };
+  add(b.grad_loss.defined() ? formulas::loss(in) : Tensor(), b.grad_loss);
+  if (b.grad_lse || b.grad_log_prob || b.grad_entropy) {
+    int64_t outputs = 0;
+    outputs |= b.grad_log_prob ? kLogProb : outputs;
+    outputs |= b.grad_entropy ? kEntropy : outputs;
+    const auto [loss, max, sum, lse, log_prob, entropy, argmax, rank] = formulas::stats(outputs, in);
+    add(lse, b.grad_lse);
+    add(log_prob, b.grad_log_prob);
+    add(entropy, b.grad_entropy);
+  }
+  std::optional<pybind11::gil_scoped_release> no_gil;  // the engine wants nobody to hold it
+  if (PyGILState_Check()) {
+    no_gil.emplace();
+  }
+  return torch::autograd::grad(results, wanted, grads, /*retain_graph=*/true, /*create_graph=*/true,
+                               /*allow_unused=*/true);
+}
+
+// Of the loss (input 0 of the node) and, for what is asked of rows, of each row's lse, log_prob and entropy.
 struct LossBackward : Node {
   enum Output { kLogits, kTarget, kWeight, kLogitScale };
 
   SavedInputs saved;
   SavedVariable max, sum;          // where the gradient is left to the backward pass
+  SavedVariable entropy;           // where it has a gradient
   Tensor grad;                     // where the forward pass has computed it, for an upstream gradient of 1
   bool replaces_logits = false;    // that gradient is in their memory; or
   bool overwrites_logits = false;  // the backward pass writes it there
@@ -198,6 +229,7 @@ struct LossBackward : Node {
     }
     f(max);
     f(sum);
+    f(entropy);
   }
 
   void release_variables() override {
@@ -242,8 +274,9 @@ struct LossBackward : Node {
     std::lock_guard<std::mutex> lock(mutex_);
     variable_list outputs(num_outputs());
     const Tensor grad_loss = inputs[0];
-    const OptionalTensor grad_lse = inputs.size() > 1 ? if_defined(inputs[1]) : std::nullopt;
-    if (!grad_loss.defined() && !grad_lse) {
+    const auto of_rows = [&](size_t i) { return inputs.size() > i ? if_defined(inputs[i]) : std::nullopt; };
+    const OptionalTensor grad_lse = of_rows(1), grad_log_prob = of_rows(2), grad_entropy = of_rows(3);
+    if (!grad_loss.defined() && !grad_lse && !grad_log_prob && !grad_entropy) {
       return outputs;
     }
     const bool create_graph = at::GradMode::is_enabled();
@@ -258,17 +291,20 @@ struct LossBackward : Node {
     TORCH_CHECK(!create_graph || !overwrites_logits, "cross_entropy: inplace=True has no double backward");
     const UnpackedInputs unpacked(saved);
     const Inputs in = unpacked.inputs();
-    if (!in.is_plain() && (create_graph || has_tangent(grad_loss))) {
-      return differentiable_gradients(in, grad_loss);
-    }
     Tensor row_max = max.unpack();
     Tensor row_sum = sum.unpack();
+    const bool is_differentiated = create_graph || has_tangent(grad_loss) || has_tangent(grad_lse) ||
+                                   has_tangent(grad_log_prob) || has_tangent(grad_entropy);
+    if (is_differentiated && (!in.is_plain() || grad_log_prob || grad_entropy)) {
+      return differentiable_gradients(in, {grad_loss, grad_lse, row_max, row_sum, grad_log_prob, grad_entropy});
+    }
     if (!row_max.defined()) {
       const at::NoGradGuard no_graph;
       std::tie(std::ignore, row_max, row_sum, std::ignore) = op::forward(in);
     }
     const Tensor upstream = grad_loss.defined() ? grad_loss : at::zeros({}, row_max.options());
-    const BackwardInputs b{upstream, grad_lse, row_max, row_sum};
+    const OptionalTensor row_entropy = if_defined(entropy.unpack());
+    const BackwardInputs b{upstream, grad_lse, row_max, row_sum, grad_log_prob, grad_entropy, row_entropy};
     if (task_should_compute_output(kTarget)) {
       outputs[kTarget] = op::target_backward(b, in);
     }
@@ -310,8 +346,7 @@ struct LossBackward : Node {
     return create_graph ? with_graph(result, grad_loss, std::nullopt, UnpackedInputs(saved).inputs()) : result;
   }
 
-  // By torch's own derivatives of the formula.
-  variable_list differentiable_gradients(const Inputs& in, const Tensor& grad_loss) {
+  variable_list differentiable_gradients(const Inputs& in, const BackwardInputs& b) {
     variable_list outputs(num_outputs()), wanted;
     const std::array<Tensor, 4> operands{in.logits, in.target, or_undefined(in.weight), or_undefined(in.logit_scale)};
     for (const auto i : c10::irange(num_outputs())) {
@@ -319,9 +354,7 @@ struct LossBackward : Node {
         wanted.push_back(operands[i]);
       }
     }
-    const at::AutoGradMode grad_mode(true);
-    variable_list grads = torch::autograd::grad({formulas::loss(in)}, wanted, {grad_loss}, /*retain_graph=*/true,
-                                                /*create_graph=*/true);
+    variable_list grads = differentiate(in, b, wanted);
     size_t next = 0;
     for (const auto i : c10::irange(num_outputs())) {
       if (task_should_compute_output(i)) {
@@ -501,6 +534,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Inputs& in) {
   return {loss, max, sum, lse};
 }
 
+Stats stats_autograd(int64_t outputs, const Inputs& in) {
+  check_index_weight(in);
+  if (any_has_tangent(in) || is_transformed(in)) {
+    check(in);
+    return formulas::stats(outputs, in);
+  }
+  Stats stats;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    stats = op::stats(outputs, in);
+  }
+  if (needs_graph(in)) {
+    const auto& [loss, max, sum, lse, log_prob, entropy, argmax, rank] = stats;
+    auto node = make_backward(in);
+    save_rows(node, max, sum);
+    node->saved.save(in);
+    for (const Tensor& result : {loss, lse, log_prob, entropy}) {
+      torch::autograd::set_history(result, node);
+    }
+    node->entropy = SavedVariable(entropy.detach(), /*is_output=*/false);
+  }
+  return stats;
+}
+
 Tensor loss_not_replaced(const Inputs& in) {
   return op::loss(in);
 }
@@ -530,6 +587,12 @@ std::tuple<Tensor, Tensor> forward_grad_autograd(const Inputs& in) {
 Tensor backward_autograd(const BackwardInputs& b, const Inputs& in) {
   if (has_tangent(b.grad_loss) || has_tangent(b.grad_lse) || any_has_tangent(in)) {
     return formulas::logits_gradient(b.grad_loss, or_undefined(b.grad_lse), in);
+  }
+  if (needs_graph(b.grad_loss, b.grad_lse, b.grad_log_prob, b.grad_entropy, in.logits, in.target, in.weight) &&
+      (!in.is_plain() || b.grad_log_prob || b.grad_entropy)) {
+    const Tensor logits = in.logits.requires_grad() ? in.logits : in.logits.detach().requires_grad_();
+    const Inputs differentiable{logits, in.target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor};
+    return differentiate(differentiable, b, {logits})[0];
   }
   Tensor grad;
   {
@@ -604,6 +667,7 @@ std::tuple<Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor&
 TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
   m.impl("loss", &unpacked<&loss_autograd>);
   m.impl("forward", &unpacked<&forward_autograd>);
+  m.impl("stats", &unpacked_stats<&stats_autograd>);
   m.impl("forward_grad", &unpacked<&forward_grad_autograd>);
   m.impl("backward", &unpacked_backward<&backward_autograd>);
   m.impl("target_backward", &unpacked_backward<&target_backward_autograd>);

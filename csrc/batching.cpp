@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Inputs& in) {
 // What the backward kernels read, with the batch in it.
 struct OuterOperands {
   Tensor grad_loss, logits, target, max, sum;
-  OptionalTensor grad_lse;
+  OptionalTensor grad_lse, grad_log_prob, grad_entropy, entropy;
 
   OuterOperands(const Batch& batch, const BackwardInputs& b, const Inputs& in)
       : grad_loss(batch.outer(formulas::upstream_of_rows(b.grad_loss, in).expand_as(b.max))),
@@ -135,13 +135,22 @@ struct OuterOperands {
         target(batch.outer_target(in.logits, in.target)),
         max(batch.outer(b.max)),
         sum(batch.outer(b.sum)),
-        grad_lse(b.grad_lse && b.grad_lse->defined() ? OptionalTensor(batch.outer(*b.grad_lse)) : std::nullopt) {}
+        grad_lse(outer_if_given(batch, b.grad_lse)),
+        grad_log_prob(outer_if_given(batch, b.grad_log_prob)),
+        grad_entropy(outer_if_given(batch, b.grad_entropy)),
+        entropy(outer_if_given(batch, b.entropy)) {}
 
-  BackwardInputs backward() const { return {grad_loss, grad_lse, max, sum}; }
+  BackwardInputs backward() const { return {grad_loss, grad_lse, max, sum, grad_log_prob, grad_entropy, entropy}; }
+
+ private:
+  static OptionalTensor outer_if_given(const Batch& batch, const OptionalTensor& rows) {
+    return rows && rows->defined() ? OptionalTensor(batch.outer(*rows)) : std::nullopt;
+  }
 };
 
 Batch batch_of(const BackwardInputs& b, const Inputs& in) {
-  return Batch({b.grad_loss, b.grad_lse, b.max, b.sum, in.logits, in.target, in.weight, in.row_weight});
+  return Batch({b.grad_loss, b.grad_lse, b.max, b.sum, b.grad_log_prob, b.grad_entropy, b.entropy, in.logits, in.target,
+                in.weight, in.row_weight});
 }
 
 Tensor backward_batched(const BackwardInputs& b, const Inputs& in) {
@@ -156,6 +165,11 @@ Tensor backward_batched(const BackwardInputs& b, const Inputs& in) {
     grad = op::backward(o.backward(), {o.logits, o.target, in.weight, of_rows(in), kNoTensor, in.logit_scale});
   }
   return batch.inner_logits(grad, in.logits);
+}
+
+Stats stats_batched(int64_t outputs, const Inputs& in) {
+  check(in);
+  return formulas::stats(outputs, in);
 }
 
 std::tuple<Tensor, Tensor> forward_grad_batched(const Inputs& in) {
@@ -197,6 +211,7 @@ TORCH_LIBRARY_IMPL(cross_entropy, FuncTorchBatched, m) {
   m.impl("loss", &unpacked<&loss_batched>);
   m.impl("cross_entropy_", &unpacked<&loss_batched_>);
   m.impl("forward", &unpacked<&forward_batched>);
+  m.impl("stats", &unpacked_stats<&stats_batched>);
   m.impl("forward_grad", &unpacked<&forward_grad_batched>);
   m.impl("backward", &unpacked_backward<&backward_batched>);
   m.impl("target_backward", &unpacked_backward<&target_backward_batched>);

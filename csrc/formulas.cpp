@@ -202,6 +202,45 @@ Tensor loss(const Inputs& in) {
   return reduce(rows.squeeze(o.dim), in);
 }
 
+Stats stats(int64_t outputs, const Inputs& in) {
+  const auto acc = accumulator_of(in.logits.scalar_type());
+  const int64_t dim = class_dim(in.logits);
+  const Tensor x = valid(in.logits, dim, in).to(acc);
+  const Tensor z = transformed(x, in);
+  const Tensor max = z.amax(dim, /*keepdim=*/true).detach();
+  const Tensor sum = (z - max).exp().sum(dim).detach();
+  const Tensor lse = at::logsumexp(z, dim, true);
+  const Tensor none = at::empty({0}, x.options());
+  Tensor log_prob = none, entropy = none, argmax = none.to(at::kLong), rank = argmax;
+  if (outputs & kEntropy) {
+    const Tensor log_p = z - lse;
+    const Tensor p = log_p.exp();
+    entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(dim);
+  }
+  if (outputs & kLogProb) {
+    const Operands o(in);
+    log_prob = (o.kept * (o.z.gather(dim, o.index) - at::logsumexp(o.z, dim, true))).squeeze(dim);
+  }
+  Tensor y = x.detach() * in.options.logit_scale;
+  y = in.logit_scale ? y * in.logit_scale->detach().to(acc) : y;
+  if (outputs & kArgmax) {
+    argmax = y.argmax(dim);
+  }
+  if (outputs & kRank) {
+    c10::SymDimVector column(x.sym_sizes().begin(), x.sym_sizes().end());
+    column[dim] = 1;
+    const Tensor index = index_of(in).reshape_symint(column);
+    column[dim] = x.sym_size(dim);
+    c10::SymDimVector broadcast(x.dim(), 1);
+    broadcast[dim] = x.sym_size(dim);
+    const Tensor classes = at::arange(x.sym_size(dim), index.options()).view_symint(broadcast);
+    const Tensor target = y.gather(dim, index);
+    const Tensor before = (y < target).logical_not().logical_and((classes < index).logical_or(y != target));
+    rank = before.sum(dim).masked_fill(is_ignored(in).reshape(lse.squeeze(dim).sizes()), -1);
+  }
+  return {loss(in), max.squeeze(dim), sum, lse.squeeze(dim), log_prob, entropy, argmax, rank};
+}
+
 Tensor logit_scale_gradient(const Tensor& grad_loss, const Inputs& in) {
   const Operands o(in);
   const Tensor log_p = log_probabilities(o.z, o.dim);

@@ -77,11 +77,17 @@ struct Problem {
   void* max = nullptr;                 // (rows), acc: max z; an input of the backward kernels
   void* sum = nullptr;                 // (rows), acc: Σ exp(z − max z); an input of the backward kernels
   void* lse = nullptr;                 // (rows), acc: ln Σ exp(z), also of ignored rows
+  void* log_prob = nullptr;            // (rows), acc: ln p of the target's index, 0 in ignored rows
+  void* entropy = nullptr;             // (rows), acc: also of ignored rows; an input of backward() with `grad_entropy`
+  int64_t* argmax = nullptr;           // (rows), also of ignored rows
+  int64_t* rank = nullptr;             // (rows): classes before the target's; −1 in ignored rows
   void* total = nullptr;               // (), Σ loss / divisor; needs `loss`
   DType total_type = DType::kFloat32;  // CPU: acc
 
   Input grad_loss;                         // (rows); 1 where null
-  Input grad_lse;                          // (rows), acc; 0 where null
+  Input grad_lse;                          // (rows), acc; 0 where null, as of those that follow
+  Input grad_log_prob;                     // (rows), acc
+  Input grad_entropy;                      // (rows), acc
   DType grad_loss_type = DType::kFloat32;  // CPU: acc
   Output grad;                             // (rows, classes); the forward pass writes it too if it is given
   bool streams_grad = false;               // CPU: whether it may be stored past the caches

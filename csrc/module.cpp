@@ -1,5 +1,6 @@
 // The Python binding. Eager calls come this way; compiled ones find the same operators under torch.ops.
 
+#include <ATen/core/Reduction.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -107,6 +108,23 @@ at::Tensor cross_entropy_with_options(py::handle input, py::handle target, py::h
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+ce::Stats stats(int64_t outputs, py::handle logits, py::handle target, py::handle weight, py::handle ignore_index,
+                py::handle label_smoothing, py::handle logit_scale_tensor, double z_loss, std::optional<double> softcap,
+                double logit_scale, std::optional<int64_t> valid_classes) {
+  HANDLE_TH_ERRORS
+  const Arguments a(logits, target, weight, ignore_index, label_smoothing);
+  const ce::OptionalTensor scale = optional_tensor(logit_scale_tensor, "logit_scale", 6);
+  const py::gil_scoped_release no_gil;
+  return ce::op::stats(outputs, {a.logits,
+                                 a.target,
+                                 a.weight,
+                                 {at::Reduction::None, a.ignore_index, a.label_smoothing, /*full_precision=*/true,
+                                  z_loss, softcap, logit_scale, std::nullopt, valid_classes},
+                                 ce::kNoTensor,
+                                 scale});
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(py::handle logits, py::handle target, py::handle weight,
                                                          py::handle ignore_index, py::handle label_smoothing) {
   HANDLE_TH_ERRORS
@@ -156,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy", &cross_entropy);
   m.def("cross_entropy_with_options", &cross_entropy_with_options);
   m.def("row_stats", &row_stats);
+  m.def("stats", &stats);
   m.def("check_errors", &check_errors);
   m.def("release_memory", &ce::cpu::release_large, py::call_guard<py::gil_scoped_release>());
   m.def("build_info", &build_info);

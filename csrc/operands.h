@@ -108,6 +108,29 @@ CE_HOST_DEVICE A row_weight_of(const Problem& p, int64_t row) {
   return weight.data ? static_cast<const A*>(weight.data)[row_offset(p, row, weight.strides)] : A(1);
 }
 
+// Whether more is asked of rows than what the loss needs.
+CE_HOST_DEVICE bool has_stats(const Problem& p) {
+  return p.log_prob || p.entropy || p.argmax || p.rank;
+}
+
+// Whether anything is asked of a row that does not depend on its target.
+CE_HOST_DEVICE bool reads_ignored_rows(const Problem& p) {
+  return p.lse || p.entropy || p.argmax;
+}
+
+// Whether gradients reach an ignored row too, which has no loss, but a log-sum-exp and an entropy.
+CE_HOST_DEVICE bool reaches_ignored_rows(const Problem& p) {
+  return p.grad_lse.data || p.grad_entropy.data;
+}
+
+// What the order of the given logits has to be multiplied with to be that of the formula's, of which a softcap may
+// round different ones to the same.
+template <typename A>
+CE_HOST_DEVICE A order_of_logits(const Problem& p) {
+  const A scale = value_of<A>(p.logit_scale);
+  return A(scale > 0) - A(scale < 0);
+}
+
 // Whether classes other than an index target have coefficients.
 CE_HOST_DEVICE bool has_coefficients(const Problem& p) {
   return p.target_type == TargetType::kProbabilities || p.label_smoothing > 0;

@@ -70,6 +70,33 @@ struct Kernels {
     return {loss, max, sum, lse};
   }
 
+  static Stats stats(int64_t outputs, const Inputs& in) {
+    check(in);
+    Backend backend(in.logits);
+    ProblemBuilder builder(in);
+    const auto if_asked = [&](Outputs output, auto Problem::* result, ScalarType dtype) {
+      return outputs & output ? builder.add_row_result(result) : at::empty({0}, in.logits.options().dtype(dtype));
+    };
+    const ScalarType acc = builder.accumulator();
+    Tensor max = builder.add_row_result(&Problem::max);
+    Tensor sum = builder.add_row_result(&Problem::sum);
+    Tensor lse = builder.add_row_result(&Problem::lse);
+    Tensor log_prob = if_asked(kLogProb, &Problem::log_prob, acc);
+    Tensor entropy = if_asked(kEntropy, &Problem::entropy, acc);
+    Tensor argmax = if_asked(kArgmax, &Problem::argmax, at::kLong);
+    Tensor rank = if_asked(kRank, &Problem::rank, at::kLong);
+    Tensor loss = run_forward(backend, builder, in);
+    if (builder.is_empty()) {
+      max.fill_(-INFINITY);
+      sum.zero_();
+      lse.fill_(-INFINITY);
+      for (Tensor* result : {&log_prob, &entropy, &argmax, &rank}) {
+        result->zero_();
+      }
+    }
+    return {loss, max, sum, lse, log_prob, entropy, argmax, rank};
+  }
+
   // The kernels leave the columns of padding alone.
   static void clear_padding(const Tensor& grad, const Inputs& in) {
     if (in.options.valid_classes) {
@@ -112,8 +139,11 @@ struct Kernels {
     builder.add_row_input(&Problem::max, b.max);
     builder.add_row_input(&Problem::sum, b.sum);
     builder.add_grad_loss(b.grad_loss);
-    if (b.grad_lse && b.grad_lse->defined()) {
-      builder.add_grad_lse(*b.grad_lse);
+    builder.add_row_upstream(&Problem::grad_lse, b.grad_lse);
+    builder.add_row_upstream(&Problem::grad_log_prob, b.grad_log_prob);
+    builder.add_row_upstream(&Problem::grad_entropy, b.grad_entropy);
+    if (b.grad_entropy && b.grad_entropy->defined()) {
+      builder.add_row_input(&Problem::entropy, *b.entropy);
     }
     const bool is_of_logits_shape = out.tensor.sizes() == in.logits.sizes();
     if (is_of_logits_shape) {
@@ -176,6 +206,7 @@ struct Kernels {
   static void add_to(torch::Library& m) {
     m.impl("loss", &unpacked<&loss>);
     m.impl("forward", &unpacked<&forward>);
+    m.impl("stats", &unpacked_stats<&stats>);
     m.impl("forward_grad", &unpacked<&forward_grad>);
     m.impl("forward_grad_", &unpacked<&forward_grad_>);
     m.impl("backward", &unpacked_backward<&backward>);
@@ -210,6 +241,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
     return at::empty_symint(row_sizes(in.logits), in.logits.options().dtype(accumulator));
   };
   return {of_loss, rows(), rows(), rows()};
+}
+
+Stats stats(int64_t outputs, const Inputs& in) {
+  auto [loss, max, sum, lse] = forward(in);
+  const auto if_asked = [&](Outputs output, ScalarType dtype) {
+    return at::empty_symint(outputs & output ? row_sizes(in.logits) : c10::SymDimVector{0},
+                            in.logits.options().dtype(dtype));
+  };
+  const ScalarType acc = accumulator_of(in.logits.scalar_type());
+  return {loss,
+          max,
+          sum,
+          lse,
+          if_asked(kLogProb, acc),
+          if_asked(kEntropy, acc),
+          if_asked(kArgmax, at::kLong),
+          if_asked(kRank, at::kLong)};
 }
 
 std::tuple<Tensor, Tensor> forward_grad(const Inputs& in) {
@@ -258,6 +306,11 @@ Tensor loss(const Inputs& in) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
   static const Operator<std::tuple<Tensor, Tensor, Tensor, Tensor>> call("cross_entropy::forward");
   return call(in);
+}
+
+Stats stats(int64_t outputs, const Inputs& in) {
+  static const StatsOperator call("cross_entropy::stats");
+  return call(outputs, in);
 }
 
 std::tuple<Tensor, Tensor> forward_grad(const Inputs& in) {
@@ -314,6 +367,9 @@ TORCH_LIBRARY(cross_entropy, m) {
 
   m.def("loss(" CE_INPUTS ") -> Tensor");
   m.def("forward(" CE_INPUTS ") -> (Tensor loss, Tensor max, Tensor sum, Tensor lse)");
+  m.def("stats(int outputs, " CE_INPUTS
+        ") -> (Tensor loss, Tensor max, Tensor sum, Tensor lse, Tensor log_prob, Tensor entropy, Tensor argmax, "
+        "Tensor rank)");
   m.def("forward_grad(" CE_INPUTS ") -> (Tensor loss, Tensor grad)");
   m.def("forward_grad_(" CE_INPUTS_TO_WRITE_TO ") -> Tensor");
   m.def("backward(" CE_BACKWARD_INPUTS CE_INPUTS ") -> Tensor");
@@ -335,6 +391,7 @@ TORCH_LIBRARY_IMPL(cross_entropy, CUDA, m) {
 TORCH_LIBRARY_IMPL(cross_entropy, Meta, m) {
   m.impl("loss", &unpacked<&meta::loss>);
   m.impl("forward", &unpacked<&meta::forward>);
+  m.impl("stats", &unpacked_stats<&meta::stats>);
   m.impl("forward_grad", &unpacked<&meta::forward_grad>);
   m.impl("forward_grad_", &unpacked<&meta::forward_grad_>);
   m.impl("backward", &unpacked_backward<&meta::backward>);

@@ -55,7 +55,18 @@ struct BackwardInputs {
   const OptionalTensor& grad_lse;
   const at::Tensor& max;
   const at::Tensor& sum;
+  const OptionalTensor& grad_log_prob = kNoTensor;
+  const OptionalTensor& grad_entropy = kNoTensor;
+  const OptionalTensor& entropy = kNoTensor;  // with grad_entropy
 };
+
+// What stats() gives besides what the loss needs, as a set of bits.
+enum Outputs : int64_t { kLogProb = 1, kEntropy = 2, kArgmax = 4, kRank = 8 };
+
+// (loss, max, sum, lse, log_prob, entropy, argmax, rank) of each row, in the accumulator's dtype, the last two int64;
+// without elements where it was not asked for.
+using Stats =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Loss with autograd, as torch.nn.functional.cross_entropy; operands of different dtypes are promoted.
 at::Tensor cross_entropy(const Inputs&);
@@ -72,6 +83,8 @@ namespace op {
 at::Tensor loss(const Inputs&);
 // (loss, max, sum, lse), the last three per row in the accumulator's dtype: max z, Σ exp(z − max z), ln Σ exp(z).
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs&);
+// Without a reduction, with those of the outputs that are asked for.
+Stats stats(int64_t outputs, const Inputs&);
 // (loss, its gradient with respect to the logits); for a reduction.
 std::tuple<at::Tensor, at::Tensor> forward_grad(const Inputs&);
 // The same with the gradient written over the logits.

@@ -143,6 +143,13 @@ at::Tensor ProblemBuilder::add_row_result(void* Problem::* result) {
   return rows;
 }
 
+at::Tensor ProblemBuilder::add_row_result(int64_t* Problem::* result) {
+  at::Tensor rows = at::empty(row_sizes_, logits_.options().dtype(at::kLong));
+  problem_.*result = rows.data_ptr<int64_t>();
+  kept_.push_back(rows);
+  return rows;
+}
+
 void ProblemBuilder::add_row_input(void* Problem::* input, const at::Tensor& rows) {
   kept_.push_back(rows.contiguous());
   problem_.*input = kept_.back().data_ptr();
@@ -161,8 +168,10 @@ void ProblemBuilder::add_grad_loss(const at::Tensor& grad) {
   add_rows(&Problem::grad_loss, upstream);
 }
 
-void ProblemBuilder::add_grad_lse(const at::Tensor& grad) {
-  add_rows(&Problem::grad_lse, grad.to(accumulator()));
+void ProblemBuilder::add_row_upstream(Input Problem::* input, const OptionalTensor& grad) {
+  if (grad && grad->defined()) {
+    add_rows(input, grad->to(accumulator()));
+  }
 }
 
 void ProblemBuilder::add_grad(const at::Tensor& grad, bool streams) {

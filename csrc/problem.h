@@ -41,11 +41,12 @@ class ProblemBuilder {
 
   // A new tensor of shape (rows) in the accumulator's dtype, for one of the problem's row results.
   at::Tensor add_row_result(void* Problem::* result);
+  at::Tensor add_row_result(int64_t* Problem::* result);
   // What an earlier call left in one.
   void add_row_input(void* Problem::* input, const at::Tensor& rows);
   // Upstream gradients, of shape (rows) or ().
   void add_grad_loss(const at::Tensor& grad);
-  void add_grad_lse(const at::Tensor& grad);
+  void add_row_upstream(Input Problem::* input, const OptionalTensor& grad);
   // The destination of a gradient of the logits' shape.
   void add_grad(const at::Tensor& grad, bool streams);
 

@@ -16,6 +16,8 @@
 // A new option of the loss is a change of the coefficients of this formula.
 #pragma once
 
+#include <cstdint>
+
 #include "max_sum.h"
 
 namespace ce {
@@ -67,11 +69,12 @@ struct LogitTransform {
 
   // z is scale · x without a softcap, and with one cap · tanh(before_tanh() · x).
   CE_HOST_DEVICE T before_tanh() const { return scale / cap; }
-  // ∂z/∂x over the scale; for scalars and for SIMD vectors.
+  // What a softcap makes of the scale in ∂z/∂x: 1 − (z / cap)², and 0 where the tanh is ±1. For scalars and for SIMD
+  // vectors.
   template <typename V>
   CE_HOST_DEVICE V slope(V z) const {
-    const V t = z * (cap > 0 ? T(1) / cap : T(0));
-    return T(1) - t * t;
+    const T inverse = T(1) / cap;
+    return (cap - z) * inverse * ((cap + z) * inverse);
   }
 };
 
@@ -116,12 +119,84 @@ struct RowState {
   }
 };
 
-// The gradient of a row's logits, ready for one multiply-add an element.
+// ln p of a logit.
+template <typename T>
+CE_HOST_DEVICE T log_probability(const MaxSum<T>& exps, T logit) {
+  return (logit - exps.max) - exps.log_sum();
+}
+
+// The entropy −Σ p_c · ln p_c comes from the moment Σ exp(z_c − max) · (z_c − max).
+template <typename T>
+struct Moment {
+  T sum = 0;
+
+  // −∞ · 0 is no part of it: what is further from the maximum has no weight that could be told from 0.
+  static constexpr T kFarthest = sizeof(T) == 8 ? 1024 : 128;
+
+  // The same, of which `exps` are the exponentials, relative to `top` ≥ their maximum.
+  CE_HOST_DEVICE Moment relative_to(T top, const MaxSum<T>& exps) const {
+    const T step = exps.max - top < -kFarthest ? -kFarthest : exps.max - top;
+    return {step == 0 || exps.max == -INFINITY ? sum : (sum + exps.sum * step) * MaxSum<T>::rescale(exps.max, top)};
+  }
+  CE_HOST_DEVICE T entropy(const MaxSum<T>& exps) const { return exps.log_sum() - sum / exps.sum; }
+};
+
+// Where a row's target is among its classes: first those of a larger logit, among equal ones those of a smaller index.
+template <typename T>
+struct RowPlace {
+  T max = -INFINITY;   // of the classes that have been seen, NaN left out,
+  int64_t argmax = 0;  // and the first class that has it
+  int64_t rank = 0;    // classes before the target, NaN among them
+
+  CE_HOST_DEVICE RowPlace merge(const RowPlace& other) const {
+    const bool is_other = other.max > max || (other.max == max && max != -INFINITY && other.argmax < argmax);
+    return {is_other ? other.max : max, is_other ? other.argmax : argmax, rank + other.rank};
+  }
+  CE_HOST_DEVICE static bool is_before(T logit, T target_logit, bool has_smaller_index) {
+    return !(logit < target_logit) && (has_smaller_index || logit != target_logit);
+  }
+};
+
+// What the one pass leaves where more than the loss is asked for.
+template <typename T>
+struct RowStats {
+  RowState<T> state;
+  Moment<T> moment;
+  RowPlace<T> place;
+
+  CE_HOST_DEVICE RowStats merge(const RowStats& other) const {
+    RowStats result{state.merge(other.state), {}, place.merge(other.place)};
+    const T top = result.state.exps.max;
+    result.moment.sum = moment.relative_to(top, state.exps).sum + other.moment.relative_to(top, other.state.exps).sum;
+    return result;
+  }
+  CE_HOST_DEVICE void raise(T top) {
+    moment = moment.relative_to(top, state.exps);
+    state.raise(top);
+  }
+};
+
+// The gradients that reach what a row has given.
+template <typename T>
+struct RowUpstream {
+  T loss = 0;  // over the divisor of its reduction
+  T lse = 0;
+  T log_prob = 0;  // of the target's index
+  T entropy = 0;
+};
+
+// The gradient of a row's logits, ready for a multiply-add or two an element:
+//
+//     exp(z_c − max) · (scale + tilt · (z_c − max)) − upstream · a_c,   and + log_prob at the target's index
+//
+// An entropy H gives the tilt and a part of the scale: ∂H/∂z_c = −p_c · (ln p_c + H).
 template <typename T>
 struct RowGradient {
-  T max;
-  T scale;     // upstream · (Σ a + 2 · ζ · lse) / Σ exp(z − max)
-  T upstream;  // the row's upstream gradient over the divisor of its reduction
+  T max = 0;
+  T scale = 0;
+  T upstream = 0;
+  T tilt = 0;
+  T log_prob = 0;
 
   // `exp` is exp(z_c − max), `coefficient` is a_c.
   template <typename V>
@@ -130,11 +205,15 @@ struct RowGradient {
   }
 };
 
-// `upstream_lse` is the gradient that reaches the row's logsumexp itself.
 template <typename T>
-CE_HOST_DEVICE RowGradient<T> make_row_gradient(MaxSum<T> exps, T coefficients, T z_loss, T upstream, T upstream_lse) {
+CE_HOST_DEVICE RowGradient<T> make_row_gradient(const MaxSum<T>& exps, T coefficients, T z_loss,
+                                                const RowUpstream<T>& upstream, T entropy = 0) {
   const T of_lse = z_loss == 0 ? coefficients : coefficients + 2 * z_loss * exps.lse();
-  return {exps.max, (upstream * of_lse + upstream_lse) / exps.sum, upstream};
+  T scale = upstream.loss * of_lse + upstream.lse - upstream.log_prob;
+  if (upstream.entropy != 0) {
+    scale += upstream.entropy * (exps.log_sum() - entropy);
+  }
+  return {exps.max, scale / exps.sum, upstream.loss, -upstream.entropy / exps.sum, upstream.log_prob};
 }
 
 }  // namespace ce

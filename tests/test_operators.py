@@ -44,24 +44,27 @@ def make_calls():
         yield "loss", (x, t, w if soft else v, *options, full)
         yield "forward", (x, t, w if soft else v, *options, full)
         yield "row_stats", (x, t, w if soft else v, -100, 0.1)
+        if reduction == NONE:
+            yield "stats", (6 if soft else 15, x, t, w if soft else v, *options, full)
         yield "divisor", (x, t, w if soft else v, MEAN, -100, 0.1)
         yield "cross_entropy_", (z.clone(), q, v, *options, full)
-        yield "backward", (grad_loss, grad_lse, top, total, x, t, w if soft else v, *options)
-        yield "backward_", (grad_loss.detach(), None, top, total, z.clone(), q, v, *options)
+        nothing = None, top, total, None, None, None
+        yield "backward", (grad_loss, grad_lse, *nothing[1:], x, t, w if soft else v, *options)
+        yield "backward_", (grad_loss.detach(), *nothing, z.clone(), q, v, *options)
         if reduction == MEAN:
             yield "forward_grad", (x, t, w if soft else v, *options, full)
             yield "forward_grad_", (z.clone(), q, v, *options, full)
         if soft:
-            yield "target_backward", (grad_loss, None, top, total, x, t, w, *options)
-            yield "weight_backward", (grad_loss, None, top, total, x, t, w, *options)
+            yield "target_backward", (grad_loss, *nothing, x, t, w, *options)
+            yield "weight_backward", (grad_loss, *nothing, x, t, w, *options)
         scale = torch.tensor(0.5, requires_grad=True)
         beyond = {"row_weight": torch.rand(loss.shape or lse.shape), "logit_scale_tensor": scale, "z_loss": 0.1}
         beyond |= {"softcap": 3.0, "valid_classes": shape[1]} | ({"divisor": 2.5} if reduction == MEAN else {})
         for name, args in (
             ("cross_entropy", (x, t, w if soft else v, *options, full)),
             ("forward", (x, t, w if soft else v, *options, full)),
-            ("backward", (grad_loss, grad_lse, top, total, x, t, w if soft else v, *options)),
-            ("logit_scale_backward", (grad_loss, None, top, total, x, t, w if soft else v, *options)),
+            ("backward", (grad_loss, grad_lse, top, total, None, grad_lse, lse, x, t, w if soft else v, *options)),
+            ("logit_scale_backward", (grad_loss, *nothing, x, t, w if soft else v, *options)),
         ):
             yield name, args, beyond
     yield "scale_", (torch.rand(6, 9), torch.tensor(2.0))

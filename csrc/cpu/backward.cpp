@@ -59,11 +59,21 @@ struct Backward {
       if (targets.index[lane] >= 0) {
         coefficients[lane] += smoothing_of<A>(p).keep * targets.weight[lane];
       }
-      gradient.set(lane, make_row_gradient<A>(exps(row), A(coefficients[lane]), A(p.z_loss),
-                                              targets.kept[lane] ? upstream.of(row) : A(0),
-                                              row_value<A>(p, p.grad_lse, row, 0)));
+      const bool kept = targets.kept[lane];
+      const RowUpstream<A> grads{kept ? upstream.of(row) : A(0), row_value<A>(p, p.grad_lse, row, 0),
+                                 kept ? row_value<A>(p, p.grad_log_prob, row, 0) : A(0),
+                                 row_value<A>(p, p.grad_entropy, row, 0)};
+      const A entropy = p.entropy ? static_cast<const A*>(p.entropy)[row_offset(p, row, p.row_strides)] : A(0);
+      gradient.set(lane, make_row_gradient<A>(exps(row), A(coefficients[lane]), A(p.z_loss), grads, entropy));
     }
     return gradient;
+  }
+
+  void keep_reached(TileTargets<A>& targets) const {
+    if (reaches_ignored_rows(p)) {
+      std::fill(targets.kept, targets.kept + kMaxLanes, true);
+      targets.any_kept = true;
+    }
   }
 
   void logits() const {
@@ -71,9 +81,7 @@ struct Backward {
     for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
       TileTargets<A> targets(p, tile);
       const TileGradient<A> gradient = gradient_of(tile, targets, shared);
-      if (p.grad_lse.data) {  // an ignored row has no loss, but a log-sum-exp
-        std::fill(targets.kept, targets.kept + tile.rows, true);
-      }
+      keep_reached(targets);
       kernels.gradient(p, tiling.along, tile, targets, gradient, begin, end, {});
     });
   }
@@ -82,9 +90,10 @@ struct Backward {
     const double shared = shared_coefficients();
     std::vector<double> sums(tiling.tiles * tiling.pieces);
     for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t i) {
-      const TileTargets<A> targets(p, tile);
-      kernels.logit_scale_gradient(p, tiling.along, tile, targets, gradient_of(tile, targets, shared), begin, end,
-                                   &sums[i]);
+      TileTargets<A> targets(p, tile);
+      const TileGradient<A> gradient = gradient_of(tile, targets, shared);
+      keep_reached(targets);
+      kernels.logit_scale_gradient(p, tiling.along, tile, targets, gradient, begin, end, &sums[i]);
     });
     *static_cast<A*>(p.grad.data) = static_cast<A>(std::accumulate(sums.begin(), sums.end(), 0.0));
   }

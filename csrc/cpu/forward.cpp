@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -9,12 +10,30 @@
 namespace ce::cpu {
 namespace {
 
-template <typename A>
-void write_row(void* results, int64_t offset, double value) {
+template <typename Result, typename Value>
+void write_row(void* results, int64_t offset, Value value) {
   if (results) {
-    static_cast<A*>(results)[offset] = static_cast<A>(value);
+    static_cast<Result*>(results)[offset] = static_cast<Result>(value);
   }
 }
+
+// What only some calls ask of a tile's rows.
+struct TileDetails {
+  Moment<double> moments[kMaxLanes];
+  RowPlace<double> places[kMaxLanes];
+  double target_logits[kMaxLanes] = {};
+
+  // As states `mine` are merged with `others`, of which `other` are the details.
+  void merge(const TileDetails& other, const RowState<double>* mine, const RowState<double>* others, int rows) {
+    for (int lane = 0; lane < rows; ++lane) {
+      const MaxSum<double>&exps = mine[lane].exps, &more = others[lane].exps;
+      const double top = std::max(exps.max, more.max);
+      moments[lane].sum = moments[lane].relative_to(top, exps).sum + other.moments[lane].relative_to(top, more).sum;
+      places[lane] = places[lane].merge(other.places[lane]);
+      target_logits[lane] += other.target_logits[lane];
+    }
+  }
+};
 
 // Whether to keep a row's exponentials for its gradient is faster than to compute them again. That is for the shape to
 // tell alone, so that the bits depend on nothing else. Half types are bound by arithmetic and gain most; only where a
@@ -58,17 +77,26 @@ struct Forward {
   const TileKernels<T>& kernels;
   const Tiling tiling;
   const Upstream<A> upstream;
+  const bool has_details;
 
   explicit Forward(const Problem& problem)
-      : p(problem), kernels(tile_kernels<T>()), tiling(problem, kernels.lanes), upstream(problem) {}
+      : p(problem),
+        kernels(tile_kernels<T>()),
+        tiling(problem, kernels.lanes),
+        upstream(problem),
+        has_details(has_stats(p)) {}
 
   // A tile of ignored rows is read only for what does not depend on the targets.
-  bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || p.lse; }
+  bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || reads_ignored_rows(p); }
 
-  void accumulate(Tile tile, const TileTargets<A>& targets, int64_t piece, Exps<A> exps,
-                  RowState<double>* states) const {
-    const int64_t begin = piece * kPiece;
-    kernels.accumulate(p, tiling.along, tile, targets, begin, std::min(p.classes, begin + kPiece), exps, states);
+  void accumulate(Tile tile, const TileTargets<A>& targets, int64_t piece, Exps<A> exps, RowState<double>* states,
+                  TileDetails* details) const {
+    const int64_t begin = piece * kPiece, end = std::min(p.classes, begin + kPiece);
+    kernels.accumulate(p, tiling.along, tile, targets, begin, end, exps, states,
+                       p.entropy ? details->moments : nullptr);
+    if (p.log_prob || p.argmax || p.rank) {
+      kernels.place(p, tiling.along, tile, targets, begin, end, details->places, details->target_logits);
+    }
   }
 
   void write_gradient(Tile tile, const TileTargets<A>& targets, const TileGradient<A>& gradient, int64_t piece,
@@ -77,8 +105,18 @@ struct Forward {
     kernels.gradient(p, tiling.along, tile, targets, gradient, begin, std::min(p.classes, begin + kPiece), exps);
   }
 
+  void write_details(int lane, int64_t offset, bool kept, const RowState<double>& state,
+                     const TileDetails& details) const {
+    const double of_target = details.target_logits[lane];
+    write_row<A>(p.log_prob, offset, kept ? log_probability(state.exps, of_target) : 0);
+    write_row<A>(p.entropy, offset, details.moments[lane].entropy(state.exps));
+    write_row<int64_t>(p.argmax, offset, details.places[lane].argmax);
+    write_row<int64_t>(p.rank, offset, kept ? details.places[lane].rank : -1);
+  }
+
   // Writes the rows' results and prepares their gradient.
-  TileGradient<A> finish(Tile tile, const TileTargets<A>& targets, const RowState<double>* states) const {
+  TileGradient<A> finish(Tile tile, const TileTargets<A>& targets, const RowState<double>* states,
+                         const TileDetails* details) const {
     TileGradient<A> gradient(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t row = tile.row + lane;
@@ -90,9 +128,12 @@ struct Forward {
       if (p.lse) {
         write_row<A>(p.lse, offset, state.exps.lse());
       }
+      if (details) {
+        write_details(lane, offset, targets.kept[lane], state, *details);
+      }
       if (p.grad.data) {
         const MaxSum<A> exps{A(state.exps.max), A(state.exps.sum)};
-        gradient.set(lane, make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), upstream.of(row), 0));
+        gradient.set(lane, make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), {upstream.of(row)}));
       }
     }
     return gradient;
@@ -107,14 +148,19 @@ struct Forward {
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = tiling.tile(i);
         const TileTargets<A> targets(p, tile);
+        std::optional<TileDetails> details;
+        if (has_details) {
+          details.emplace();
+        }
+        TileDetails* const wanted = details ? &*details : nullptr;
         if (!is_read(targets)) {
           std::fill(states, states + tile.rows, RowState<double>());
         } else {
           for (int64_t piece = 0; piece < tiling.pieces; ++piece) {
-            accumulate(tile, targets, piece, kept.of(0), states);
+            accumulate(tile, targets, piece, kept.of(0), states, wanted);
           }
         }
-        const TileGradient<A> gradient = finish(tile, targets, states);
+        const TileGradient<A> gradient = finish(tile, targets, states, wanted);
         for (int64_t piece = 0; p.grad.data && piece < tiling.pieces; ++piece) {
           write_gradient(tile, targets, gradient, piece, kept.of(0));
         }
@@ -135,6 +181,7 @@ struct Forward {
   void by_piece(int64_t first, int64_t last, const KeptExps<T>& kept) const {
     const int64_t items = (last - first) * tiling.pieces;
     std::vector<RowState<double>> states(items * kMaxLanes);
+    std::vector<TileDetails> details(has_details ? items : 0);
     const auto for_each_piece = [&](auto&& f) {
       at::parallel_for(0, items, tiling.grain(p, tiling.tiles * tiling.pieces), [&](int64_t begin, int64_t end) {
         const FlushSubnormals flush;
@@ -146,19 +193,24 @@ struct Forward {
     };
     for_each_piece([&](int64_t i, Tile tile, const TileTargets<A>& targets, int64_t piece) {
       if (is_read(targets)) {
-        accumulate(tile, targets, piece, kept.of(i / tiling.pieces), &states[i * kMaxLanes]);
+        accumulate(tile, targets, piece, kept.of(i / tiling.pieces), &states[i * kMaxLanes],
+                   has_details ? &details[i] : nullptr);
       }
     });
     std::vector<TileGradient<A>> gradients;
     for (int64_t t = 0; t < last - first; ++t) {
       const Tile tile = tiling.tile(first + t);
       RowState<double>* merged = &states[t * tiling.pieces * kMaxLanes];
+      TileDetails* const merged_details = has_details ? &details[t * tiling.pieces] : nullptr;
       for (int64_t piece = 1; piece < tiling.pieces; ++piece) {
+        if (merged_details) {
+          merged_details->merge(merged_details[piece], merged, merged + piece * kMaxLanes, tile.rows);
+        }
         for (int lane = 0; lane < tile.rows; ++lane) {
           merged[lane] = merged[lane].merge(merged[piece * kMaxLanes + lane]);
         }
       }
-      gradients.push_back(finish(tile, TileTargets<A>(p, tile), merged));
+      gradients.push_back(finish(tile, TileTargets<A>(p, tile), merged, merged_details));
     }
     if (p.grad.data) {
       for_each_piece([&](int64_t i, Tile tile, const TileTargets<A>& targets, int64_t piece) {

@@ -86,11 +86,13 @@ struct TileGradient {
   A max[kMaxLanes];
   A scale[kMaxLanes];
   A upstream[kMaxLanes];
+  A tilt[kMaxLanes];
+  A log_prob[kMaxLanes];
 
   // Lanes without a row are computed too, but not stored.
   explicit TileGradient(Tile tile) {
     for (int lane = tile.rows; lane < kMaxLanes && tile.rows > 1; ++lane) {
-      set(lane, {0, 0, 0});
+      set(lane, {});
     }
   }
 
@@ -98,6 +100,8 @@ struct TileGradient {
     max[lane] = row.max;
     scale[lane] = row.scale;
     upstream[lane] = row.upstream;
+    tilt[lane] = row.tilt;
+    log_prob[lane] = row.log_prob;
   }
 };
 
@@ -138,9 +142,13 @@ template <typename T>
 struct TileKernels {
   using A = Acc<T>;
   int lanes;  // of a vector
-  // Merges into states[lane] what the classes add to the state of each row. Fills `exps` if it is not null.
+  // Merges into states[lane], and moments[lane] if it is not null, what the classes add to the state of each row. Fills
+  // `exps` if it is not null.
   void (*accumulate)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end, Exps<A> exps,
-                     RowState<double>* states);
+                     RowState<double>* states, Moment<double>* moments);
+  // The same for what is asked of places and of the target's logit, as the formula has it.
+  void (*place)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end,
+                RowPlace<double>* places, double* logits_of_targets);
   // The gradient of the logits, from `exps` if it is not null.
   void (*gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileGradient<A>&, int64_t begin,
                    int64_t end, Exps<A> exps);

@@ -171,17 +171,21 @@ CE_INLINE typename Simd<A>::Mask first_lanes(int count) {
   return lane < count;
 }
 
-// What the lanes add up.
-template <typename A>
+// What the lanes add up; the moment only where it is asked for.
+template <typename A, bool kMoment>
 struct Sums {
   Vec<A> exps = {};
   Vec<A> linear = {};
   Vec<A> coefficients = {};
+  Vec<A> moment = {};
 
   CE_INLINE void add(const Sums& other) {
     exps += other.exps;
     linear += other.linear;
     coefficients += other.coefficients;
+    if constexpr (kMoment) {
+      moment += other.moment;
+    }
   }
 };
 
@@ -189,12 +193,12 @@ struct Sums {
 //
 // Rounding errors grow with the length of a chain of additions, and in one direction where the terms are alike. So
 // there are three levels of sums: a group's, a block's and the piece's.
-template <typename A, bool kAlong>
+template <typename A, bool kAlong, bool kMoment>
 struct Accumulator {
   static constexpr int kGroupsOfBlock = 8;
 
   Vec<A> reference;
-  Sums<A> block, piece;
+  Sums<A, kMoment> block, piece;
   int groups = 0;
 
   // Any elements serve as the first reference, alike in all lanes along a row; but −inf would make a NaN of
@@ -211,7 +215,11 @@ struct Accumulator {
     close_block();
     const Vec<A> raised = kAlong ? broadcast(reduce_max<A>(top)) : max(top, reference);
     const Vec<A> step = raised - reference;
-    piece.exps *= exp_minus<A>(step);
+    const Vec<A> factor = exp_minus<A>(step);
+    if constexpr (kMoment) {
+      piece.moment = (piece.moment - piece.exps * min(step, broadcast(Moment<A>::kFarthest))) * factor;
+    }
+    piece.exps *= factor;
     piece.linear = piece.coefficients == 0 ? piece.linear : piece.linear - piece.coefficients * step;
     reference = raised;
   }
@@ -240,7 +248,7 @@ struct Accumulator {
         distances[i] = reference - x[i];
       }
     }
-    Sums<A> group;
+    Sums<A, kMoment> group;
     constexpr int kInterleaved = kCount < 4 ? kCount : 4;
     CE_UNROLL for (int first = 0; first < kCount; first += kInterleaved) {
       Vec<A> d[kInterleaved];
@@ -256,6 +264,9 @@ struct Accumulator {
       CE_UNROLL for (int i = 0; i < kInterleaved; ++i) {
         const Vec<A> e = exps.get(i);
         group.exps += e;
+        if constexpr (kMoment) {
+          group.moment -= e * min(d[i], broadcast(Moment<A>::kFarthest));
+        }
         use(first + i, e);
       }
     }
@@ -312,9 +323,9 @@ CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int
   return max(max(top[0], top[1]), max(top[2], top[3]));
 }
 
-template <typename T, bool kAlong, bool kLinear, bool kTransformed>
+template <typename T, bool kAlong, bool kLinear, bool kTransformed, bool kMoment>
 void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
-                        Exps<Acc<T>> kept, RowState<double>* states) {
+                        Exps<Acc<T>> kept, RowState<double>* states, [[maybe_unused]] Moment<double>* moments) {
   using A = Acc<T>;
   constexpr int kStep = kClassStep<A, kAlong>;
   Columns<A, kAlong> columns, probability_columns;
@@ -324,7 +335,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
 
   const Transform<A, kTransformed> transform(p);
   const Vec<A> first = first_maximum<T, kAlong>(logits, begin, end, tile.rows);
-  Accumulator<A, kAlong> state(applied(transform, kAlong ? broadcast(reduce_max<A>(first)) : first));
+  Accumulator<A, kAlong, kMoment> state(applied(transform, kAlong ? broadcast(reduce_max<A>(first)) : first));
   int64_t c = begin;
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
   // Prefetched is the next row while a short one is computed, and what follows in a long one.
@@ -405,7 +416,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
     }
   }
   state.close_block();
-  const Sums<A>& sums = state.piece;
+  const auto& sums = state.piece;
 
   A at_target[kLanes<A>];
   store(at_target, applied(transform, target_logits(logits, targets, tile.rows, begin, end)));
@@ -421,26 +432,94 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
     if (target >= begin && target < end) {
       row.add(targets.weight[lane] * coefficients.smoothing.keep, at_target[lane]);
     }
+    if constexpr (kMoment) {
+      Moment<double> moment{kAlong ? reduce_sum<A>(sums.moment) : sums.moment[lane]};
+      if (begin > 0) {
+        const double top = std::max(states[lane].exps.max, row.exps.max);
+        moment.sum = moment.relative_to(top, row.exps).sum + moments[lane].relative_to(top, states[lane].exps).sum;
+      }
+      moments[lane] = moment;
+    }
     states[lane] = begin == 0 ? row : states[lane].merge(row);
   }
 }
 
-// Calls f with what a kernel is to be compiled for.
+// Calls f with what a kernel is to be compiled for. One that has to do with entropy takes any logits for transformed.
 template <typename F>
-void pick(const Problem& p, bool along, F&& f) {
+void pick(const Problem& p, bool along, bool entropy, F&& f) {
   constexpr std::true_type kYes;
   constexpr std::false_type kNo;
-  const auto pick_transform = [&](auto a, auto linear) { transforms(p) ? f(a, linear, kYes) : f(a, linear, kNo); };
+  const auto pick_transform = [&](auto a, auto linear) {
+    entropy ? f(a, linear, kYes, kYes) : transforms(p) ? f(a, linear, kYes, kNo) : f(a, linear, kNo, kNo);
+  };
   const auto pick_linear = [&](auto a) { has_coefficients(p) ? pick_transform(a, kYes) : pick_transform(a, kNo); };
   along ? pick_linear(kYes) : pick_linear(kNo);
 }
 
 template <typename T>
 void accumulate(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
-                Exps<Acc<T>> exps, RowState<double>* states) {
-  pick(p, along, [&](auto a, auto linear, auto transformed) {
-    accumulate_classes<T, a, linear, transformed>(p, tile, targets, begin, end, exps, states);
+                Exps<Acc<T>> exps, RowState<double>* states, Moment<double>* moments) {
+  pick(p, along, moments, [&](auto a, auto linear, auto transformed, auto moment) {
+    accumulate_classes<T, a, linear, transformed, moment>(p, tile, targets, begin, end, exps, states, moments);
   });
+}
+
+// Compares the elements as they are given, times ±1, so that ties are exact.
+template <typename T, bool kAlong>
+void place_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
+                   RowPlace<double>* places, double* logits_of_targets) {
+  using A = Acc<T>;
+  using Mask = typename Simd<A>::Mask;
+  constexpr int kStep = kClassStep<A, kAlong>;
+  Columns<A, kAlong> columns;
+  const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
+  const A order = order_of_logits<A>(p);
+  const Vec<A> z = applied(Transformed<A>(p), target_logits(logits, targets, tile.rows, begin, end));
+  T of_targets[kLanes<A>] = {};
+  Mask target_class = {};
+  for (int lane = 0; lane < tile.rows; ++lane) {
+    const int64_t target = targets.index[lane];
+    if (target < 0) {
+      continue;
+    }
+    of_targets[lane] = logits.at(lane, target);
+    target_class[lane] = target < begin ? -1 : target < end ? target - begin : kPiece;
+    if (target >= begin && target < end) {
+      logits_of_targets[lane] = z[lane];
+    }
+  }
+  if (!p.argmax && !p.rank) {
+    return;
+  }
+  Vec<A> target_y = load(of_targets) * order;
+  Mask lanes = {};
+  for (int lane = 0; kAlong && lane < kLanes<A>; ++lane) {
+    lanes[lane] = lane;
+    target_y[lane] = target_y[0];
+    target_class[lane] = target_class[0];
+  }
+  Vec<A> best = broadcast(A(-INFINITY));
+  Mask argmax = {}, rank = {};
+  for (int64_t c = begin; c < end; c += kStep) {
+    const int count = lanes_at<A, kAlong>(c, end, tile.rows);
+    const Mask exists = first_lanes<A>(count);
+    const Vec<A> y = logits.get(c, count) * order;
+    const Mask classes = lanes + static_cast<int32_t>(c - begin);
+    const Mask is_better = (y > best) & exists;
+    best = is_better ? y : best;
+    argmax = is_better ? classes : argmax;
+    rank -= ~(y < target_y) & ((classes < target_class) | (y != target_y)) & exists;  // as RowPlace::is_before
+  }
+  for (int lane = 0; lane < (kAlong ? kLanes<A> : tile.rows); ++lane) {
+    RowPlace<double>& place = places[kAlong ? 0 : lane];
+    place = place.merge({best[lane], begin + argmax[lane], rank[lane]});
+  }
+}
+
+template <typename T>
+void place(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
+           RowPlace<double>* places, double* logits_of_targets) {
+  (along ? place_classes<T, true> : place_classes<T, false>)(p, tile, targets, begin, end, places, logits_of_targets);
 }
 
 // The per-row values of a tile as vectors: the one row's in every lane, or each lane its row's.
@@ -449,7 +528,7 @@ CE_INLINE Vec<A> spread(const A (&rows)[kMaxLanes]) {
   return kAlong ? broadcast(rows[0]) : load(rows);
 }
 
-template <typename T, bool kAlong, bool kLinear, bool kTransformed>
+template <typename T, bool kAlong, bool kLinear, bool kTransformed, bool kTilted>
 void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, const TileGradient<Acc<T>>& rows,
                       int64_t begin, int64_t end, Exps<Acc<T>> kept_exps) {
   using A = Acc<T>;
@@ -463,6 +542,11 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> scale = spread<A, kAlong>(rows.scale) * transform.scale;
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream) * transform.scale;
+  const Vec<A> tilt = spread<A, kAlong>(rows.tilt) * transform.scale;
+  // What an exponential is multiplied with.
+  const auto factor_at = [&](Vec<A> distance) __attribute__((always_inline)) {
+    return kTilted ? scale - tilt * min(distance, broadcast(Moment<A>::kFarthest)) : scale;
+  };
 
   // The elements at the targets' indices, read before the gradient may overwrite the logits.
   A target_coefficients[kLanes<A>] = {};
@@ -473,8 +557,10 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const Vec<A> z_target = applied(transform, target_logits(logits, targets, tile.rows, begin, end));
   const Vec<A> target_distances[] = {top - z_target};
   const Vec<A> target_exps = ExpMinus<A, 1, kElementDegree<T>>(target_distances).get(0);
-  store(target_grad,
-        capped(transform, Row::element(target_exps, load(target_coefficients), scale, upstream), z_target));
+  const Vec<A> target_element =
+      Row::element(target_exps, load(target_coefficients), factor_at(target_distances[0]), upstream) +
+      spread<A, kAlong>(rows.log_prob) * transform.scale;
+  store(target_grad, capped(transform, target_element, z_target));
 
   typename Simd<A>::Mask kept;
   for (int lane = 0; lane < kLanes<A>; ++lane) {
@@ -486,9 +572,10 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const bool dense = kAlong && logits.class_stride == 1 && grad.class_stride == 1;
   const bool may_stream =
       p.streams_grad && kVectors == kRun<T> && p.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedRow;
-  const auto element = [&](Vec<A> e, Vec<A> distance, int64_t c, int count) __attribute__((always_inline)) {
-    const Vec<A> g = capped(
-        transform, kLinear ? Row::element(e, coefficients.get(c, count), scale, upstream) : e * scale, top - distance);
+  const auto element = [&](Vec<A> e, Vec<A> z, Vec<A> distance, int64_t c, int count) __attribute__((always_inline)) {
+    const Vec<A> factor = factor_at(distance);
+    const Vec<A> of_z = kLinear ? Row::element(e, coefficients.get(c, count), factor, upstream) : e * factor;
+    const Vec<A> g = capped(transform, of_z, z);
     return kAlong ? g : kept ? g : Vec<A>{};
   };
   const auto write_groups = [&](int64_t c, bool streams) __attribute__((always_inline)) {
@@ -498,12 +585,13 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
         logits.template get<kVectors>(c + i * kStep, lanes, dense, x + i);
       }
       apply(transform, x);
+      Vec<A> distances[kSize];
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
-        x[i] = top - x[i];
+        distances[i] = top - x[i];
       }
-      const ExpMinus<A, kSize, kElementDegree<T>> exps(x);
+      const ExpMinus<A, kSize, kElementDegree<T>> exps(distances);
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
-        x[i] = element(exps.get(i), x[i], c + i * kStep, lanes);
+        x[i] = element(exps.get(i), x[i], distances[i], c + i * kStep, lanes);
       }
       CE_UNROLL for (int i = 0; i < kSize; i += kVectors) {
         grad.template set<kVectors>(c + i * kStep, lanes, dense, streams, x + i);
@@ -514,8 +602,9 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const auto write_singly = [&](int64_t c, int64_t last) __attribute__((always_inline)) {
     for (; c < last; c += kStep) {
       const int count = lanes_at<A, kAlong>(c, last, tile.rows);
-      const Vec<A> x[] = {top - applied(transform, logits.get(c, count))};
-      grad.set(c, count, element(ExpMinus<A, 1, kElementDegree<T>>(x).get(0), x[0], c, count));
+      const Vec<A> z = applied(transform, logits.get(c, count));
+      const Vec<A> distance[] = {top - z};
+      grad.set(c, count, element(ExpMinus<A, 1, kElementDegree<T>>(distance).get(0), z, distance[0], c, count));
     }
     return last;
   };
@@ -584,8 +673,8 @@ void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>
     }
     return;
   }
-  pick(p, along, [&](auto a, auto linear, auto transformed) {
-    gradient_classes<T, a, linear, transformed>(p, tile, targets, rows, begin, end, exps);
+  pick(p, along, p.grad_entropy.data, [&](auto a, auto linear, auto transformed, auto tilted) {
+    gradient_classes<T, a, linear, transformed, tilted>(p, tile, targets, rows, begin, end, exps);
   });
 }
 
@@ -678,13 +767,16 @@ void logit_scale_gradient_classes(const Problem& p, Tile tile, const TileTargets
   for (int lane = 0; lane < kLanes<A>; ++lane) {
     kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
   }
+  const Vec<A> tilt = spread<A, kAlong>(rows.tilt);
   Vec<A> total = {};
   for (int64_t c = begin; c < end; c += kClassStep<A, kAlong>) {
     const int count = lanes_at<A, kAlong>(c, end, tile.rows);
     const Vec<A> x = logits.get(c, count);
     const Vec<A> z = applied(transform, x);
-    const Vec<A> gradient = RowGradient<A>::element(exp_minus<A>(top - z), coefficients.get(c, count), scale, upstream);
-    total += first_lanes<A>(count) & kept ? gradient * transform.slope(z) * x : Vec<A>{};
+    const Vec<A> factor = scale - tilt * min(top - z, broadcast(Moment<A>::kFarthest));
+    const Vec<A> gradient =
+        RowGradient<A>::element(exp_minus<A>(top - z), coefficients.get(c, count), factor, upstream);
+    total += first_lanes<A>(count) & kept ? capped(transform, gradient, z) * x : Vec<A>{};
   }
   *sum += reduce_sum<A>(total);
   for (int lane = 0; lane < tile.rows; ++lane) {  // what only the index has
@@ -695,7 +787,8 @@ void logit_scale_gradient_classes(const Problem& p, Tile tile, const TileTargets
       const Vec<A> x_target = target_logits(logits, targets, tile.rows, begin, end);
       store(x, x_target);
       store(z, applied(transform, x_target));
-      *sum -= double(rows.upstream[lane] * coefficient) * transform.slope(z[lane]) * x[lane];
+      const A gradient = rows.log_prob[lane] - rows.upstream[lane] * coefficient;
+      *sum += double(gradient) * (transform.cap > 0 ? transform.slope(z[lane]) : A(1)) * x[lane];
     }
   }
 }
@@ -719,8 +812,8 @@ void scale(T* data, int64_t count, Acc<T> factor) {
 }
 
 template <typename T>
-constexpr TileKernels<T> kTileKernels = {
-    kLanes<Acc<T>>,     accumulate<T>,           gradient<T>, sum_coefficients<T>, target_gradient<T>,
-    weight_gradient<T>, logit_scale_gradient<T>, scale<T>};
+constexpr TileKernels<T> kTileKernels = {kLanes<Acc<T>>,     accumulate<T>,           place<T>,
+                                         gradient<T>,        sum_coefficients<T>,     target_gradient<T>,
+                                         weight_gradient<T>, logit_scale_gradient<T>, scale<T>};
 
 }  // namespace ce::cpu::CE_ISA

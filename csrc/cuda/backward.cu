@@ -39,8 +39,16 @@ CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int
   if constexpr (kGeneral) {
     sum += sum_of_coefficients(plan, walk, coefficients, lane);
   }
-  return make_row_gradient<A>(exps_of<A>(p, row), sum, A(p.z_loss), target.kept ? upstream_of<A>(p, row) : A(0),
-                              upstream_lse_of<A>(p, row));
+  RowUpstream<A> upstream;
+  upstream.loss = target.kept ? upstream_of<A>(p, row) : A(0);
+  upstream.lse = value_of_row<A>(p, p.grad_lse, row);
+  A entropy = 0;
+  if constexpr (kGeneral) {
+    upstream.log_prob = target.kept ? value_of_row<A>(p, p.grad_log_prob, row) : A(0);
+    upstream.entropy = value_of_row<A>(p, p.grad_entropy, row);
+    entropy = p.entropy ? static_cast<const A*>(p.entropy)[row_offset(p, row, p.row_strides)] : A(0);
+  }
+  return make_row_gradient<A>(exps_of<A>(p, row), sum, A(p.z_loss), upstream, entropy);
 }
 
 template <typename Walk, bool kGeneral>
@@ -54,7 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
     const RowTarget<A> target = exists ? RowTarget<A>(p, index_of(p, row)) : RowTarget<A>();
-    const bool kept = target.kept || p.grad_lse.data;  // an ignored row has no loss, but a log-sum-exp
+    const bool kept = target.kept || reaches_ignored_rows(p);
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);
     const Coefficients<T> coefficients(p, row);
     const RowGradient<A> gradient = gradient_of_row<kGeneral>(p, plan, row, target, walk, coefficients, seat.lane);
@@ -163,10 +171,11 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     const int64_t row = exists ? first + seat.row : first;
     const RowTarget<A> target = exists ? RowTarget<A>(p, index_of(p, row)) : RowTarget<A>();
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);
+    const bool kept = exists && (target.kept || reaches_ignored_rows(p));
     const Coefficients<T> coefficients(p, row);
     const RowGradient<A> gradient = gradient_of_row<true>(p, plan, row, target, walk, coefficients, seat.lane);
     const auto read = [&](int64_t c, int) {
-      return target.kept ? walk.template read<Walk::kSize>(c) : Piece<T, Walk::kSize>();
+      return kept ? walk.template read<Walk::kSize>(c) : Piece<T, Walk::kSize>();
     };
     for_each_piece<2>(walk, seat.block * plan.lanes + seat.lane, int64_t{plan.blocks} * plan.lanes, read,
                       [&](int64_t c, const auto& piece) {
@@ -177,9 +186,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
                         gradient_of_logits<true>(c, z, target, coefficients, gradient, values);
                         A sum = 0;
                         CE_UNROLL for (int i = 0; i < kSize; ++i) {
-                          sum += values[i] * transform.slope(z[i]) * x[i];
+                          sum += values[i] * (transform.cap > 0 ? transform.slope(z[i]) : A(1)) * x[i];
                         }
-                        total += target.kept ? sum : A(0);
+                        total += kept ? sum : A(0);
                       });
   }
   total = sum_of_lanes(total, kWarp);
@@ -222,7 +231,7 @@ void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
   dispatch_walk(p, [&](auto* type) {
     using Walk = std::remove_pointer_t<decltype(type)>;
     Grid grid{blocks_for(p, plan), plan.threads};
-    if (is_general(p)) {
+    if (is_general_backward(p)) {
       grid.shared = shared_states<Walk>(plan) * sizeof(RowState<Acc<typename Walk::Element>>);
       launch(logits_gradient<Walk, true>, grid, stream, p, plan);
     } else {

@@ -6,30 +6,60 @@
 namespace ce::cuda {
 namespace {
 
-template <typename A, int kSize>
-CE_DEVICE void push(RowState<A>& state, const A (&z)[kSize]) {
+// What a thread has of a row: its state, or its stats where more than the loss is asked for.
+template <typename A, bool kStats>
+using State = std::conditional_t<kStats, RowStats<A>, RowState<A>>;
+template <typename A>
+CE_DEVICE RowState<A>& state_of(RowState<A>& state) {
+  return state;
+}
+template <typename A>
+CE_DEVICE RowState<A>& state_of(RowStats<A>& stats) {
+  return stats.state;
+}
+
+template <typename Any, typename A, int kSize>
+CE_DEVICE void push(Any& any, const A (&z)[kSize]) {
+  RowState<A>& state = state_of(any);
   A top = z[0];
   CE_UNROLL for (int i = 1; i < kSize; ++i) {
     top = std::fmax(top, z[i]);
   }
   if (top > state.exps.max) {
-    state.raise(top);
+    any.raise(top);
   }
   const A reference = state.exps.reference();
   A sum = 0;
   CE_UNROLL for (int i = 0; i < kSize; ++i) {
-    sum += exponential(z[i] - reference);
+    const A exp = exponential(z[i] - reference);
+    sum += exp;
+    if constexpr (std::is_same_v<Any, RowStats<A>>) {
+      any.moment.sum += exp * std::fmax(z[i] - reference, -Moment<A>::kFarthest);
+    }
   }
   state.exps.sum += sum;
 }
 
-template <typename A, int kSize>
-CE_DEVICE void push(RowState<A>& state, const A (&z)[kSize], const A (&coefficients)[kSize]) {
-  push(state, z);
+template <typename Any, typename A, int kSize>
+CE_DEVICE void push(Any& any, const A (&z)[kSize], const A (&coefficients)[kSize]) {
+  push(any, z);
+  RowState<A>& state = state_of(any);
   const A reference = state.exps.reference();
   CE_UNROLL for (int i = 0; i < kSize; ++i) {
     state.linear += coefficients[i] * (z[i] - reference);
     state.coefficients += coefficients[i];
+  }
+}
+
+// Classes from c on, of the logits as they are given times ±1.
+template <typename A, int kSize>
+CE_DEVICE void push(RowPlace<A>& place, int64_t c, const A (&y)[kSize], int64_t target, A target_y) {
+  CE_UNROLL for (int i = 0; i < kSize; ++i) {
+    if (y[i] > place.max) {
+      place.max = y[i];
+      place.argmax = c + i;
+    }
+    place.rank += RowPlace<A>::is_before(y[i], target_y, c + i < target);
   }
 }
 
@@ -51,9 +81,33 @@ CE_DEVICE void report(BadTarget* record, int64_t row, int64_t target) {
   }
 }
 
-// Adds the target's own part to what the classes have left, and writes the row's results.
+// What is asked for besides; of a target out of bounds there is none.
 template <typename A>
-CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target, A target_logit, RowState<A> state) {
+CE_DEVICE void write_stats(const Problem&, int64_t, const RowTarget<A>&, A, const RowState<A>&) {}
+template <typename A>
+CE_DEVICE void write_stats(const Problem& p, int64_t offset, const RowTarget<A>& target, A target_logit,
+                           const RowStats<A>& stats) {
+  const MaxSum<A>& exps = stats.state.exps;
+  if (p.log_prob) {
+    static_cast<A*>(p.log_prob)[offset] = !target.kept       ? A(0)
+                                          : target.index < 0 ? A(NAN)
+                                                             : log_probability(exps, target_logit);
+  }
+  if (p.entropy) {
+    static_cast<A*>(p.entropy)[offset] = stats.moment.entropy(exps);
+  }
+  if (p.argmax) {
+    p.argmax[offset] = stats.place.argmax;
+  }
+  if (p.rank) {
+    p.rank[offset] = target.index < 0 ? -1 : stats.place.rank;
+  }
+}
+
+// Adds the target's own part to what the classes have left, and writes the row's results.
+template <typename A, typename Any>
+CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target, A target_logit, Any any) {
+  RowState<A>& state = state_of(any);
   const int64_t offset = row_offset(p, row, p.row_strides);
   if (target.kept && target.index < 0 && p.target_type != TargetType::kProbabilities && p.bad_target) {
     report(p.bad_target, offset, index_of(p, row));
@@ -66,6 +120,7 @@ CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target,
   write(p.max, state.exps.max);
   write(p.sum, state.exps.sum);
   write(p.lse, state.exps.lse());
+  write_stats(p, offset, target, target_logit, any);
   if (p.target_type != TargetType::kProbabilities) {
     state.add(target.coefficient, target_logit);
   }
@@ -78,16 +133,21 @@ CE_DEVICE const T* row_of(const Input& operand, const Problem& p, int64_t row) {
 }
 
 template <typename A, typename T>
+CE_DEVICE A given_logit(const Problem& p, int64_t row, int64_t index) {
+  return to_accumulator(row_of<T>(p.logits, p, row)[index * p.logits.class_stride]);
+}
+
+template <typename A, typename T>
 CE_DEVICE A target_logit(const Problem& p, int64_t row, const RowTarget<A>& target) {
   if (target.index < 0) {
     return 0;
   }
-  const A x = to_accumulator(row_of<T>(p.logits, p, row)[target.index * p.logits.class_stride]);
+  const A x = given_logit<A, T>(p, row, target.index);
   const LogitTransform<A> transform = transform_of<A>(p);
   return transform.is_given() ? apply(transform, x) : x;
 }
 
-template <typename Walk, bool kGrad, bool kGeneral>
+template <typename Walk, bool kGrad, bool kGeneral, bool kStats>
 __global__ void __launch_bounds__(kMaxThreads,
                                   kBlocks<typename Walk::Element, (Walk::kSize == 1 || kGrad) + 2 * kGeneral>)
     forward_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
@@ -95,7 +155,9 @@ __global__ void __launch_bounds__(kMaxThreads,
   using A = Acc<T>;
   using Whole = Piece<T, Walk::kSize>;
   const LogitTransform<A> transform = transform_of<A>(p);
-  RowState<A>* const states = static_cast<RowState<A>*>(shared_memory());
+  using Any = State<A, kStats>;
+  const A order = kStats ? order_of_logits<A>(p) : A(0);
+  Any* const states = static_cast<Any*>(shared_memory());
   Whole* const kept = reinterpret_cast<Whole*>(states + shared_states<Walk>(plan)) + threadIdx.x;
 
   const Seat seat = Walk::seat(plan);
@@ -107,11 +169,17 @@ __global__ void __launch_bounds__(kMaxThreads,
     const int64_t row = exists ? first + seat.row : first;
     const int64_t index = index_of(p, row);
     // Otherwise an ignored row is read only for what does not depend on the target.
-    const bool is_read = exists && (plan.reads_all || p.lse || judge(p, index) != Verdict::kIgnored);
+    const bool is_read = exists && (plan.reads_all || reads_ignored_rows(p) || judge(p, index) != Verdict::kIgnored);
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
                     is_read ? p.classes : 0);
 
-    RowState<A> state;
+    Any state;
+    A target_y = 0;
+    if constexpr (kStats) {
+      if (p.rank && is_read && judge(p, index) == Verdict::kKept) {
+        target_y = given_logit<A, T>(p, row, index) * order;
+      }
+    }
     const auto read = [&](int64_t c, int turn) {
       const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!kGrad || plan.kept > 0);
       if (kGrad && plan.kept > 0) {
@@ -131,6 +199,15 @@ __global__ void __launch_bounds__(kMaxThreads,
       } else {
         push(state, z);
       }
+      if constexpr (kStats) {
+        if (p.argmax || p.rank) {
+          unpack(piece, z);
+          CE_UNROLL for (int i = 0; i < kSize; ++i) {
+            z[i] *= order;
+          }
+          push(state.place, c, z, index, target_y);
+        }
+      }
     });
     const RowTarget<A> target = exists ? RowTarget<A>(p, index) : RowTarget<A>();
     // For the row's first thread, before the gradient may replace it.
@@ -140,7 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads,
       state = sum_in_cluster<kGeneral>(state, plan, states);
     } else if (plan.blocks > 1) {
       if (seat.lane == 0 && exists) {
-        Workspace(p.workspace).template parts<A>()[row * plan.blocks + seat.block] = state;
+        Workspace(p.workspace).template parts<Any>()[row * plan.blocks + seat.block] = state;
       }
       continue;
     }
@@ -151,7 +228,7 @@ __global__ void __launch_bounds__(kMaxThreads,
       const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
                      exists ? p.classes : 0);
       const RowGradient<A> gradient = make_row_gradient<A>(state.exps, state.coefficients + target.coefficient,
-                                                           A(p.z_loss), target.kept ? upstream_of<A>(p, row) : A(0), 0);
+                                                           A(p.z_loss), {target.kept ? upstream_of<A>(p, row) : A(0)});
       const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
       const auto read_again = [&](int64_t c, int turn) {
         return plan.kept > 0 ? kept[turn * plan.threads] : target.kept ? out.template read<Walk::kSize>(c) : Whole();
@@ -164,7 +241,7 @@ __global__ void __launch_bounds__(kMaxThreads,
 }
 
 // What blocks have found of the rows that they share, a warp for each row.
-template <typename T, bool kGeneral>
+template <typename T, bool kGeneral, bool kStats>
 __global__ void __launch_bounds__(kMaxThreads)
     merge_parts(const __grid_constant__ Problem p, const __grid_constant__ int blocks) {
   using A = Acc<T>;
@@ -172,8 +249,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (row >= p.rows) {
     return;
   }
-  const RowState<A>* const parts = Workspace(p.workspace).template parts<A>() + row * blocks;
-  RowState<A> state;
+  using Any = State<A, kStats>;
+  const Any* const parts = Workspace(p.workspace).template parts<Any>() + row * blocks;
+  Any state;
   for (int part = threadIdx.x % kWarp; part < blocks; part += kWarp) {
     state = state.merge(parts[part]);
   }
@@ -184,25 +262,31 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-template <typename Walk, bool kGeneral>
+template <typename Walk, bool kGeneral, bool kStats>
 void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
-  using A = Acc<typename Walk::Element>;
+  using T = typename Walk::Element;
   const bool merges = plan.blocks > 1 && !plan.cluster;
   Grid grid{blocks_for(p, plan), plan.threads, plan.cluster ? plan.blocks : 1};
-  grid.shared = shared_states<Walk>(plan) * sizeof(RowState<A>) +
-                static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
-  launch(p.grad.data && !merges ? forward_rows<Walk, true, kGeneral> : forward_rows<Walk, false, kGeneral>, grid,
-         stream, p, plan);
+  grid.shared = shared_states<Walk>(plan) * sizeof(State<Acc<T>, kStats>) +
+                static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<T, Walk::kSize>);
+  if constexpr (kStats) {
+    launch(forward_rows<Walk, false, kGeneral, true>, grid, stream, p, plan);
+  } else {
+    launch(
+        p.grad.data && !merges ? forward_rows<Walk, true, kGeneral, false> : forward_rows<Walk, false, kGeneral, false>,
+        grid, stream, p, plan);
+  }
   if (merges) {
     constexpr int kRows = 8;  // of a block
-    launch(merge_parts<typename Walk::Element, kGeneral>, {(p.rows + kRows - 1) / kRows, kRows * kWarp}, stream, p,
-           plan.blocks);
+    launch(merge_parts<T, kGeneral, kStats>, {(p.rows + kRows - 1) / kRows, kRows * kWarp}, stream, p, plan.blocks);
   }
 }
 
 template <typename Walk>
 void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
-  is_general(p) ? launch_rows<Walk, true>(p, plan, stream) : launch_rows<Walk, false>(p, plan, stream);
+  has_stats(p)    ? launch_rows<Walk, true, true>(p, plan, stream)
+  : is_general(p) ? launch_rows<Walk, true, false>(p, plan, stream)
+                  : launch_rows<Walk, false, false>(p, plan, stream);
 }
 
 }  // namespace

@@ -13,7 +13,9 @@ constexpr int kMaxThreads = 256;  // of a block
 // Blocks that a multiprocessor is to hold at a time, which bounds the registers of a thread: as many as there are on
 // every chip without spilling. `kBurden` counts what a kernel does besides one pass of exponentials.
 template <typename T, int kBurden>
-constexpr int kBlocks = sizeof(T) == 8 || kBurden > 1 ? 2 : 4 - kBurden;
+constexpr int kBlocks = sizeof(T) == 8 ? (kBurden > 1 ? 1 : 2)
+                        : kBurden > 1  ? 2
+                                       : 4 - kBurden;
 
 template <typename V>
 CE_DEVICE V sum_of_lanes(V value, int width) {
@@ -44,6 +46,20 @@ CE_DEVICE RowState<A> sum_of_lanes(RowState<A> state, int width) {
   return state;
 }
 
+template <bool kGeneral, typename A>
+CE_DEVICE RowStats<A> sum_of_lanes(RowStats<A> stats, int width) {
+  stats.moment = stats.moment.relative_to(max_of_lanes(stats.state.exps.max, width), stats.state.exps);
+  stats.moment.sum = sum_of_lanes(stats.moment.sum, width);
+  stats.state = sum_of_lanes<kGeneral>(stats.state, width);
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    const RowPlace<A>& mine = stats.place;
+    stats.place = mine.merge({__shfl_xor_sync(kAllLanes, mine.max, offset, width),
+                              __shfl_xor_sync(kAllLanes, mine.argmax, offset, width),
+                              __shfl_xor_sync(kAllLanes, mine.rank, offset, width)});
+  }
+  return stats;
+}
+
 // Shared memory that the reduction needs, in states.
 template <typename Walk>
 CE_HOST_DEVICE int shared_states(const Plan& plan) {
@@ -52,8 +68,8 @@ CE_HOST_DEVICE int shared_states(const Plan& plan) {
 
 // Of all threads that share a row in this block, for each of them. All threads of the block have to call it. It orders
 // memory: what they have read of the row before may be overwritten after.
-template <typename Walk, bool kGeneral, typename A>
-CE_DEVICE RowState<A> sum_in_block(RowState<A> state, const Plan& plan, RowState<A>* shared) {
+template <typename Walk, bool kGeneral, typename State>
+CE_DEVICE State sum_in_block(State state, const Plan& plan, State* shared) {
   const int thread = threadIdx.x;
   if constexpr (Walk::kSize > 1) {
     state = sum_of_lanes<kGeneral>(state, plan.lanes < kWarp ? plan.lanes : kWarp);
@@ -85,9 +101,9 @@ CE_DEVICE RowState<A> sum_in_block(RowState<A> state, const Plan& plan, RowState
 }
 
 // Of the blocks of a cluster, whose one row it is, for each of their threads.
-template <bool kGeneral, typename A>
-CE_DEVICE RowState<A> sum_in_cluster(RowState<A> state, const Plan& plan, RowState<A>* shared) {
-  RowState<A>* const mine = shared + plan.threads / kWarp;
+template <bool kGeneral, typename State>
+CE_DEVICE State sum_in_cluster(State state, const Plan& plan, State* shared) {
+  State* const mine = shared + plan.threads / kWarp;
   if (threadIdx.x == 0) {
     *mine = state;
   }

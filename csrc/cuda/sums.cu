@@ -140,8 +140,8 @@ void sum_rows(const Problem& p, bool losses, Stream stream) {
                              : sum_rows<float>(p, losses, weights, stream);
 }
 
-int64_t workspace_size(const Problem&) {
-  return Workspace::kSize;
+int64_t workspace_size(const Problem& p) {
+  return Workspace::kParts + kMaxParts * (has_stats(p) ? sizeof(RowStats<double>) : sizeof(RowState<double>));
 }
 
 }  // namespace ce::cuda

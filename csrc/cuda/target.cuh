@@ -63,6 +63,11 @@ CE_DEVICE void unpack_logits(const Piece<T, kSize>& piece, const LogitTransform<
   }
 }
 
+// Of backward kernels.
+inline bool is_general_backward(const Problem& p) {
+  return is_general(p) || p.grad_log_prob.data || p.grad_entropy.data;
+}
+
 // The coefficients that a row's classes have besides that of an index.
 template <typename T>
 class Coefficients {
@@ -112,10 +117,10 @@ CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
   return upstream * row_weight_of<A>(p, row) / divisor_of<A>(p);
 }
 
+// A row's value of an operand of shape (rows), or 0 where there is none.
 template <typename A>
-CE_DEVICE A upstream_lse_of(const Problem& p, int64_t row) {
-  const Input& grad = p.grad_lse;
-  return grad.data ? static_cast<const A*>(grad.data)[row_offset(p, row, grad.strides)] : A(0);
+CE_DEVICE A value_of_row(const Problem& p, const Input& operand, int64_t row) {
+  return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : A(0);
 }
 
 // The gradient of the formula's logits z, of a piece of a row from class c on.
@@ -128,12 +133,13 @@ CE_DEVICE void gradient_of_logits(int64_t c, const A (&z)[kSize], const RowTarge
   }
   CE_UNROLL for (int i = 0; i < kSize; ++i) {
     const A exp = exponential(z[i] - row.max);
-    values[i] = kGeneral ? row.element(exp, a[i], row.scale, row.upstream) : row.scale * exp;
+    const A factor = kGeneral ? row.scale + row.tilt * std::fmax(z[i] - row.max, -Moment<A>::kFarthest) : row.scale;
+    values[i] = kGeneral ? row.element(exp, a[i], factor, row.upstream) : factor * exp;
   }
   if (target.index >= c && target.index - c < kSize) {
     const int at = static_cast<int>(target.index - c);
     CE_UNROLL for (int i = 0; i < kSize; ++i) {
-      values[i] -= i == at ? row.upstream * target.coefficient : A(0);
+      values[i] -= i == at ? row.upstream * target.coefficient - row.log_prob : A(0);
     }
   }
 }
@@ -149,7 +155,7 @@ CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T
   gradient_of_logits<kGeneral>(c, z, target, coefficients, row, values);
   if (kGeneral && transform.is_given()) {
     CE_UNROLL for (int i = 0; i < kSize; ++i) {
-      values[i] *= transform.scale * transform.slope(z[i]);
+      values[i] *= transform.cap > 0 ? transform.scale * transform.slope(z[i]) : transform.scale;
     }
   }
   CE_UNROLL for (int i = 0; i < kSize; ++i) {

@@ -25,9 +25,10 @@ class Workspace {
     return reinterpret_cast<A*>(data_);
   }
   CE_HOST_DEVICE RowSums* sums() const { return reinterpret_cast<RowSums*>(data_ + kSums); }
-  template <typename A>
-  CE_HOST_DEVICE RowState<A>* parts() const {
-    return reinterpret_cast<RowState<A>*>(data_ + kParts);
+  // Of each row, from the blocks that share it.
+  template <typename State>
+  CE_HOST_DEVICE State* parts() const {
+    return reinterpret_cast<State*>(data_ + kParts);
   }
   // (rows) maxima and sums, for the gradient of rows that blocks share.
   template <typename A>
@@ -36,9 +37,8 @@ class Workspace {
   }
 
   static constexpr int64_t kSums = 16;
-  static constexpr int64_t kParts = kSums + kSumBlocks * sizeof(RowSums);
-  static constexpr int64_t kExps = kParts + kMaxParts * sizeof(RowState<double>);
-  static constexpr int64_t kSize = kExps + kMaxParts * sizeof(double);
+  static constexpr int64_t kExps = kSums + kSumBlocks * sizeof(RowSums);
+  static constexpr int64_t kParts = kExps + kMaxParts * sizeof(double);
 
  private:
   char* data_;
