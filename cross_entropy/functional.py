@@ -204,7 +204,7 @@ def row_stats(
     """
     if has_torch_function_variadic(logits, target, weight):
         return handle_torch_function(
-            row_stats,
+            row_stats,  # type: ignore[arg-type]
             (logits, target, weight),
             logits,
             target,
@@ -212,7 +212,7 @@ def row_stats(
             outputs=outputs,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
-            **options,
+            **options,  # type: ignore[arg-type]
         )
     if type(logits) is not Tensor:
         _prepare_for(logits)
@@ -290,8 +290,8 @@ def entropy(
         logits, temperature, class_dim, valid_classes: as in :func:`log_prob`.
 
     Returns:
-        A tensor of the shape of the rows, float64 for float64 logits and float32 for all others. The backward pass reads
-        the logits once and writes their gradient.
+        A tensor of the shape of the rows, float64 for float64 logits and float32 for all others. The backward pass
+        reads the logits once and writes their gradient.
 
     >>> entropy(torch.tensor([[1.0, 1.0]]))
     tensor([0.6931])

@@ -40,10 +40,9 @@ CE_DEVICE void push(Any& any, const A (&z)[kSize]) {
   state.exps.sum += sum;
 }
 
-template <typename Any, typename A, int kSize>
-CE_DEVICE void push(Any& any, const A (&z)[kSize], const A (&coefficients)[kSize]) {
-  push(any, z);
-  RowState<A>& state = state_of(any);
+// Of elements that have been pushed.
+template <typename A, int kSize>
+CE_DEVICE void push_linear(RowState<A>& state, const A (&z)[kSize], const A (&coefficients)[kSize]) {
   const A reference = state.exps.reference();
   CE_UNROLL for (int i = 0; i < kSize; ++i) {
     state.linear += coefficients[i] * (z[i] - reference);
@@ -55,7 +54,7 @@ CE_DEVICE void push(Any& any, const A (&z)[kSize], const A (&coefficients)[kSize
 template <typename A, int kSize>
 CE_DEVICE void push(RowPlace<A>& place, int64_t c, const A (&y)[kSize], int64_t target, A target_y) {
   CE_UNROLL for (int i = 0; i < kSize; ++i) {
-    if (y[i] > place.max) {
+    if (y[i] > place.max || (y[i] == place.max && c + i < place.argmax)) {  // a row's end comes before its middle
       place.max = y[i];
       place.argmax = c + i;
     }
@@ -192,12 +191,11 @@ __global__ void __launch_bounds__(kMaxThreads,
       constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
       A z[kSize];
       unpack_logits<kGeneral>(piece, transform, z);
-      if constexpr (kGeneral) {
+      push(state, z);
+      if (kGeneral && has_coefficients(p)) {
         A a[kSize];
         coefficients.read(c, a);
-        push(state, z, a);
-      } else {
-        push(state, z);
+        push_linear(state_of(state), z, a);
       }
       if constexpr (kStats) {
         if (p.argmax || p.rank) {

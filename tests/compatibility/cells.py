@@ -52,6 +52,9 @@ class Option:
         if self.call == "row_stats":
             stats = cross_entropy.row_stats(logits, target, weight, **self.options)
             return stats.loss + stats.logsumexp.square()
+        if self.call == "outputs":
+            log_prob, entropy = cross_entropy.row_stats(logits, target, outputs=("log_prob", "entropy"), **self.options)
+            return log_prob + entropy.square()
         if self.call == "CrossEntropyLoss":
             return cross_entropy.CrossEntropyLoss(weight, **self.options)(logits, target)
         if self.call == "inplace":
@@ -62,6 +65,10 @@ class Option:
     def theirs(self, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         if self.call == "row_stats":
             return F.cross_entropy(logits, target, weight, reduction="none") + logits.logsumexp(1).square()
+        if self.call == "outputs":
+            log_p = (self.options["logit_scale"] * logits).log_softmax(1)
+            log_prob = log_p.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+            return log_prob.where(target != -100, 0) + (log_p.exp() * log_p).sum(1).square()
         if self.call == "beyond torch":
             o = self.options
             z = o["softcap"] * (o["logit_scale"] / o["softcap"] * logits).tanh()
@@ -83,6 +90,7 @@ OPTIONS = {
     "bfloat16": Option(dtype=torch.bfloat16),
     "module": Option({"reduction": "sum"}, weighted=True, call="CrossEntropyLoss"),
     "row_stats": Option(call="row_stats"),
+    "outputs": Option({"logit_scale": 0.75}, call="outputs"),
     "beyond torch": Option(
         {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0, "logit_scale": 0.75, "divisor": 2.5},
         weighted=True,

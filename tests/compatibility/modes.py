@@ -14,7 +14,7 @@ from tests.device import DEVICE
 from tests.observe import LogOperators
 
 mode = functools.partial(way, group="Modes and subclasses")
-FUNCTIONS = {"cross_entropy", "row_stats"}
+FUNCTIONS = {"cross_entropy", "row_stats", "log_softmax"}
 
 
 def in_bfloat16(inputs: list[Any]) -> list[Any]:
@@ -75,6 +75,7 @@ def flop_counter(case: Case) -> Any:
     operators = torch.ops.cross_entropy
     counted = [operators.forward, operators.forward_grad, operators.forward_grad_]
     formulas = dict.fromkeys(counted, lambda logits, *args, **kwargs: 5 * torch.Size(logits).numel())
+    formulas[operators.stats] = lambda outputs, logits, *args, **kwargs: 5 * torch.Size(logits).numel()
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         results = accumulated(case)
     assert counter.get_total_flops() == 5 * case.inputs[0].numel()

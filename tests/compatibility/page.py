@@ -18,9 +18,11 @@ NOTES = {
 
 def call_of(option: Option) -> str:
     given = [f"{name}={value!r}" for name, value in option.options.items()]
+    given += ['outputs=("log_prob", "entropy")'] * (option.call == "outputs")
     given += ["row_weight=…"] * (option.call == "beyond torch")
     given += ["weight=…"] * option.weighted + ["inplace=True"] * (option.call == "inplace")
-    function = option.call if option.call in ("CrossEntropyLoss", "row_stats") else "cross_entropy"
+    functions = {"CrossEntropyLoss": "CrossEntropyLoss", "row_stats": "row_stats", "outputs": "row_stats"}
+    function = functions.get(option.call, "cross_entropy")
     if option.call == "CrossEntropyLoss":
         return f"`{function}({', '.join(given)})(…)`"
     return f"`{function}({', '.join(['…', *given])})`"
