@@ -1,3 +1,6 @@
+// The kernels of tile.h for one element type, CE_ELEMENT. Each type has a file of its own, so that they are compiled
+// side by side.
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -20,9 +23,6 @@ const TileKernels<T>& tile_kernels() {
   return CE_PICK_ISA(kTileKernels<T>);
 }
 
-template const TileKernels<float>& tile_kernels<float>();
-template const TileKernels<double>& tile_kernels<double>();
-template const TileKernels<Float16>& tile_kernels<Float16>();
-template const TileKernels<BFloat16>& tile_kernels<BFloat16>();
+template const TileKernels<CE_ELEMENT>& tile_kernels<CE_ELEMENT>();
 
 }  // namespace ce::cpu

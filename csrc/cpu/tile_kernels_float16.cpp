@@ -1,0 +1,2 @@
+#define CE_ELEMENT Float16
+#include "tile_kernels_of.h"

@@ -1,0 +1,2 @@
+#define CE_ELEMENT float
+#include "tile_kernels_of.h"

@@ -1,0 +1,2 @@
+#define CE_ELEMENT double
+#include "tile_kernels_of.h"
