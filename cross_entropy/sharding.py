@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import _reduction as _Reduction
 
+from cross_entropy.options import NONE, accumulator_of
+
 __all__: list[str] = []
 
-NONE, MEAN, SUM = map(_Reduction.get_enum, ("none", "mean", "sum"))
+MEAN = _Reduction.get_enum("mean")
 OPERATORS = torch.ops.cross_entropy
 MIXED = (
     "cross_entropy: got mixed torch.Tensor and DTensor, need to convert all torch.Tensor to DTensor before calling "
@@ -81,8 +83,7 @@ class Call:
             raise RuntimeError(MIXED)
         self.whole_logits = logits
         self.sharding = sharding = Sharding(logits)
-        accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.loss_dtype = accumulator if given["full_precision"] else logits.dtype
+        self.loss_dtype = accumulator_of(logits) if given["full_precision"] else logits.dtype
         inputs = {name: given[name] for name in INPUTS}
         if "grad_loss" not in given:  # What is wrong with the shapes shows in those of the whole, and on all ranks.
             OPERATORS.loss(**{name: on_meta(value) for name, value in inputs.items()})
@@ -141,10 +142,7 @@ def stats(call: Call) -> tuple[DTensor, ...]:
     one = call.sharding.one
     # What was not asked for has no elements, whatever the rows are.
     return call.whole_loss(loss), *(
-        call.whole_rows(r)
-        if r.dim() == loss.dim() and r.shape == loss.shape
-        else call.sharding.whole(r, one, r.shape, (1,))
-        for r in rows
+        call.whole_rows(r) if r.shape == loss.shape else call.sharding.whole(r, one, r.shape, (1,)) for r in rows
     )
 
 

@@ -100,6 +100,7 @@ OptionalTensor if_defined(Tensor tensor) {
 // The inputs of a call, kept for its backward pass.
 struct SavedInputs {
   Options options{};
+  bool is_plain = true;
   SavedVariable logits, target, weight, row_weight, logit_scale, divisor;
 
   auto variables() { return std::array{&logits, &target, &weight, &row_weight, &logit_scale, &divisor}; }
@@ -109,7 +110,8 @@ struct SavedInputs {
     logits = SavedVariable(in.logits, /*is_output=*/false);
     target = SavedVariable(in.target, false);
     weight = SavedVariable(or_undefined(in.weight), false);
-    if (!in.is_plain()) {
+    is_plain = in.is_plain();
+    if (!is_plain) {
       row_weight = SavedVariable(or_undefined(in.row_weight), false);
       logit_scale = SavedVariable(or_undefined(in.logit_scale), false);
       divisor = SavedVariable(or_undefined(in.divisor), false);
@@ -191,15 +193,15 @@ variable_list differentiate(const Inputs& in, const BackwardInputs& b, const var
       grads.push_back(*grad);
     }
   };
-  add(b.grad_loss.defined() ? formulas::loss(in) : Tensor(), b.grad_loss);
   if (b.grad_lse || b.grad_log_prob || b.grad_entropy) {
-    int64_t outputs = 0;
-    outputs |= b.grad_log_prob ? kLogProb : outputs;
-    outputs |= b.grad_entropy ? kEntropy : outputs;
+    const int64_t outputs = (b.grad_log_prob ? int64_t{kLogProb} : 0) | (b.grad_entropy ? int64_t{kEntropy} : 0);
     const auto [loss, max, sum, lse, log_prob, entropy, argmax, rank] = formulas::stats(outputs, in);
+    add(loss, b.grad_loss);
     add(lse, b.grad_lse);
     add(log_prob, b.grad_log_prob);
     add(entropy, b.grad_entropy);
+  } else {
+    add(formulas::loss(in), b.grad_loss);
   }
   std::optional<pybind11::gil_scoped_release> no_gil;  // the engine wants nobody to hold it
   if (PyGILState_Check()) {
@@ -207,6 +209,12 @@ variable_list differentiate(const Inputs& in, const BackwardInputs& b, const var
   }
   return torch::autograd::grad(results, wanted, grads, /*retain_graph=*/true, /*create_graph=*/true,
                                /*allow_unused=*/true);
+}
+
+// That of the logits.
+Tensor differentiable_gradient(const BackwardInputs& b, const Inputs& in) {
+  const Tensor logits = in.logits.requires_grad() ? in.logits : in.logits.detach().requires_grad_();
+  return differentiate(in.of(logits), b, {logits})[0];
 }
 
 // Of the loss (input 0 of the node) and, for what is asked of rows, of each row's lse, log_prob and entropy.
@@ -280,7 +288,7 @@ struct LossBackward : Node {
       return outputs;
     }
     const bool create_graph = at::GradMode::is_enabled();
-    if (grad.defined() && !(create_graph && (replaces_logits || has_tangent(grad_loss) || !is_plain()))) {
+    if (grad.defined() && !(create_graph && (replaces_logits || has_tangent(grad_loss) || !saved.is_plain))) {
       outputs[kLogits] = take_grad(grad_loss, create_graph);
       return outputs;
     }
@@ -317,7 +325,7 @@ struct LossBackward : Node {
     if (task_should_compute_output(kLogits)) {
       if (overwrites_logits) {
         const Tensor overwritten = in.logits.detach();
-        op::backward_(b, {overwritten, in.target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor});
+        op::backward_(b, in.of(overwritten));
         torch::autograd::impl::bump_version(in.logits);
         outputs[kLogits] = overwritten;
       } else {
@@ -328,8 +336,6 @@ struct LossBackward : Node {
   }
 
  private:
-  bool is_plain() const { return UnpackedInputs(saved).inputs().is_plain(); }
-
   // What the forward pass has computed. Handed out once: what the engine has got is never written to again.
   Tensor take_grad(const Tensor& grad_loss, bool create_graph) {
     Tensor result = std::move(grad);
@@ -423,10 +429,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_graph(const Inputs& in) 
 Tensor loss_with_tangent(const Inputs& in) {
   const auto [loss, max, sum, lse] = forward_with_graph(in);
   const Tensor x = in.logits._fw_primal(/*level=*/0);
-  Options of_rows = in.options;
-  of_rows.reduction = at::Reduction::None;
-  const Inputs primal{x, in.target, in.weight, in.options};
-  const Tensor grad = op::backward({at::ones_like(max), kNoTensor, max, sum}, primal.with(of_rows));
+  const Inputs primal = in.of(x);
+  const Tensor grad = op::backward({at::ones_like(max), kNoTensor, max, sum}, primal.of_rows());
   const Tensor tangents =
       (grad * in.logits._fw_grad(0)).sum(class_dim(in.logits), /*keepdim=*/false, max.scalar_type());
   loss._set_fw_grad(formulas::reduce(tangents, primal), /*level=*/0, /*is_inplace_op=*/false);
@@ -436,11 +440,7 @@ Tensor loss_with_tangent(const Inputs& in) {
 // The loss of rows by themselves, weighted and reduced by torch's operators, which know the row weights' gradient.
 template <typename Loss>
 Tensor loss_of_weighted_rows(const Inputs& in, Loss&& loss) {
-  Options of_rows = in.options;
-  of_rows.reduction = at::Reduction::None;
-  of_rows.full_precision = true;
-  of_rows.divisor.reset();
-  return formulas::reduce(loss(Inputs{in.logits, in.target, in.weight, of_rows, kNoTensor, in.logit_scale}), in);
+  return formulas::reduce(loss(in.of_rows()), in);
 }
 
 Tensor loss_autograd(const Inputs& in) {
@@ -507,8 +507,7 @@ Tensor loss_autograd_(const Inputs& in) {
       at::AutoDispatchBelowADInplaceOrView guard;
       node->replaces_logits = true;
       node->grad = logits.detach();
-      loss =
-          op::forward_grad_({node->grad, in.target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor});
+      loss = op::forward_grad_(in.of(node->grad));
     }
     torch::autograd::impl::bump_version(logits);
     auto overwritten = make_node<OverwrittenLogits>();
@@ -529,7 +528,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_autograd(const Inputs& in) {
   check_index_weight(in);
   const auto [loss, max, sum, lse] = forward_with_graph(in);
   if (any_has_tangent(in)) {
-    return {formulas::loss(in), max, sum, formulas::lse(in.logits)};
+    const Stats stats = formulas::stats(/*outputs=*/0, in);
+    return {std::get<0>(stats), max, sum, std::get<3>(stats)};
   }
   return {loss, max, sum, lse};
 }
@@ -567,6 +567,9 @@ Tensor loss_not_replaced(const Inputs& in) {
 
 std::tuple<Tensor, Tensor> forward_grad_autograd(const Inputs& in) {
   const Tensor one = at::ones({}, in.logits.options().dtype(accumulator_of(in.logits.scalar_type())));
+  if (!in.is_plain() && (any_has_tangent(in) || needs_graph(in))) {
+    return {formulas::loss(in), differentiable_gradient({one, kNoTensor, one, one}, in)};
+  }
   if (any_has_tangent(in)) {
     return {formulas::loss(in), formulas::logits_gradient(one, {}, in)};
   }
@@ -585,14 +588,14 @@ std::tuple<Tensor, Tensor> forward_grad_autograd(const Inputs& in) {
 }
 
 Tensor backward_autograd(const BackwardInputs& b, const Inputs& in) {
-  if (has_tangent(b.grad_loss) || has_tangent(b.grad_lse) || any_has_tangent(in)) {
+  const bool has_tangents = has_tangent(b.grad_loss) || has_tangent(b.grad_lse) || has_tangent(b.grad_log_prob) ||
+                            has_tangent(b.grad_entropy) || any_has_tangent(in);
+  if (!in.is_plain() || b.grad_log_prob || b.grad_entropy) {
+    if (has_tangents || needs_graph(b.grad_loss, b.grad_lse, b.grad_log_prob, b.grad_entropy) || needs_graph(in)) {
+      return differentiable_gradient(b, in);
+    }
+  } else if (has_tangents) {
     return formulas::logits_gradient(b.grad_loss, or_undefined(b.grad_lse), in);
-  }
-  if (needs_graph(b.grad_loss, b.grad_lse, b.grad_log_prob, b.grad_entropy, in.logits, in.target, in.weight) &&
-      (!in.is_plain() || b.grad_log_prob || b.grad_entropy)) {
-    const Tensor logits = in.logits.requires_grad() ? in.logits : in.logits.detach().requires_grad_();
-    const Inputs differentiable{logits, in.target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor};
-    return differentiate(differentiable, b, {logits})[0];
   }
   Tensor grad;
   {
@@ -646,7 +649,7 @@ Tensor cross_entropy(const Inputs& in) {
     }
     if (promoted != in.logits.scalar_type() || promoted != in.target.scalar_type()) {
       const Tensor logits = in.logits.to(promoted), target = in.target.to(promoted);
-      return op::loss({logits, target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor});
+      return op::loss(Inputs{logits, target, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor});
     }
   }
   return op::loss(in);

@@ -74,16 +74,6 @@ struct BelowVmap {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::DispatchKey::FuncTorchBatched};
 };
 
-// The rest of the options, for each row by itself; what the reduction and the row weights do is done outside.
-Options of_rows(const Inputs& in) {
-  Options options = in.options;
-  options.reduction = at::Reduction::None;
-  options.full_precision = true;
-  options.divisor.reset();
-  options.zero_if_empty = false;
-  return options;
-}
-
 // Each row's results, in the accumulator's dtype. Class weights that differ within the batch only matter to the loss.
 std::tuple<Tensor, Tensor, Tensor, Tensor> rows_batched(const Inputs& in) {
   const Batch batch({in.logits, in.target, in.weight});
@@ -92,9 +82,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rows_batched(const Inputs& in) {
   Tensor loss, max, sum, lse;
   {
     const BelowVmap guard;
-    std::tie(loss, max, sum, lse) = op::forward({z, t, same_weight ? in.weight : kNoTensor, of_rows(in)});
+    std::tie(loss, max, sum, lse) = op::forward({z, t, same_weight ? in.weight : kNoTensor, in.options.of_rows()});
   }
-  loss = same_weight ? batch.inner(loss) : formulas::loss({in.logits, in.target, in.weight, of_rows(in)});
+  loss = same_weight ? batch.inner(loss) : formulas::loss({in.logits, in.target, in.weight, in.options.of_rows()});
   return {loss, batch.inner(max), batch.inner(sum), batch.inner(lse)};
 }
 
@@ -108,7 +98,7 @@ Tensor loss_batched(const Inputs& in) {
   Tensor rows;
   {
     const BelowVmap guard;
-    rows = op::loss({z, t, in.weight, of_rows(in)});
+    rows = op::loss({z, t, in.weight, in.options.of_rows()});
   }
   return formulas::reduce(batch.inner(rows), in);
 }
@@ -162,7 +152,7 @@ Tensor backward_batched(const BackwardInputs& b, const Inputs& in) {
   Tensor grad;
   {
     const BelowVmap guard;
-    grad = op::backward(o.backward(), {o.logits, o.target, in.weight, of_rows(in), kNoTensor, in.logit_scale});
+    grad = op::backward(o.backward(), {o.logits, o.target, in.weight, in.options.of_rows(), kNoTensor, in.logit_scale});
   }
   return batch.inner_logits(grad, in.logits);
 }
@@ -187,7 +177,8 @@ Tensor target_backward_batched(const BackwardInputs& b, const Inputs& in) {
   Tensor grad;
   {
     const BelowVmap guard;
-    grad = op::target_backward(o.backward(), {o.logits, o.target, in.weight, of_rows(in), kNoTensor, in.logit_scale});
+    grad = op::target_backward(o.backward(),
+                               {o.logits, o.target, in.weight, in.options.of_rows(), kNoTensor, in.logit_scale});
   }
   return batch.inner_logits(grad, in.target);
 }

@@ -135,10 +135,6 @@ Tensor upstream_column(const Tensor& grad_loss, const Inputs& in) {
 
 }  // namespace
 
-Tensor lse(const Tensor& logits) {
-  return at::logsumexp(logits.to(accumulator_of(logits.scalar_type())), class_dim(logits));
-}
-
 Tensor divisor(const Inputs& in) {
   if (in.options.reduction != at::Reduction::Mean) {
     return {};

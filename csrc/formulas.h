@@ -11,9 +11,6 @@
 
 namespace ce::formulas {
 
-// ln Σ exp(z) of each row, in the accumulator's dtype.
-at::Tensor lse(const at::Tensor& logits);
-
 // What the reduction divides by; undefined if it is not the mean.
 at::Tensor divisor(const Inputs&);
 

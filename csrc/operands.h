@@ -102,10 +102,10 @@ CE_HOST_DEVICE LogitTransform<A> transform_of(const Problem& p) {
   return {value_of<A>(p.logit_scale), A(p.softcap)};
 }
 
+// A row's value of an operand of shape (rows) in the accumulator's type, or `otherwise` where there is none.
 template <typename A>
-CE_HOST_DEVICE A row_weight_of(const Problem& p, int64_t row) {
-  const Input& weight = p.row_weight;
-  return weight.data ? static_cast<const A*>(weight.data)[row_offset(p, row, weight.strides)] : A(1);
+CE_HOST_DEVICE A row_value(const Problem& p, const Input& operand, int64_t row, A otherwise) {
+  return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : otherwise;
 }
 
 // Whether more is asked of rows than what the loss needs.

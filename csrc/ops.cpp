@@ -290,10 +290,6 @@ void scale_(Tensor&, const Tensor&) {}
 
 }  // namespace meta
 
-Tensor divisor_of_mean(const Inputs& in) {
-  return formulas::divisor(in);
-}
-
 }  // namespace
 
 namespace op {
@@ -363,7 +359,7 @@ TORCH_LIBRARY(cross_entropy, m) {
       "row_stats(Tensor logits, Tensor target, Tensor? weight, SymInt ignore_index, float label_smoothing)"
       " -> (Tensor maximum, Tensor logsumexp, Tensor loss)",
       &row_stats);
-  m.def("divisor(" CE_INPUTS ") -> Tensor", &unpacked<&divisor_of_mean>);
+  m.def("divisor(" CE_INPUTS ") -> Tensor", &unpacked<&formulas::divisor>);
 
   m.def("loss(" CE_INPUTS ") -> Tensor");
   m.def("forward(" CE_INPUTS ") -> (Tensor loss, Tensor max, Tensor sum, Tensor lse)");

@@ -1,6 +1,7 @@
 // The registered operators, each as a C++ function that calls it through torch's dispatcher.
 #pragma once
 
+#include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -25,6 +26,16 @@ struct Options {
   std::optional<double> divisor = std::nullopt;             // of the mean, instead of its own
   std::optional<c10::SymInt> valid_classes = std::nullopt;  // the logits' first ones; the others are padding
   bool zero_if_empty = false;                               // the mean of nothing, instead of NaN
+
+  // Of each row by itself, in full precision: without what a reduction does.
+  Options of_rows() const {
+    Options options = *this;
+    options.reduction = at::Reduction::None;
+    options.full_precision = true;
+    options.divisor.reset();
+    options.zero_if_empty = false;
+    return options;
+  }
 };
 
 // What every operator takes. It refers to the tensors of the call that it belongs to.
@@ -40,6 +51,11 @@ struct Inputs {
   Inputs with(Options other) const {
     return {logits, target, weight, std::move(other), row_weight, logit_scale, divisor};
   }
+  Inputs of(const at::Tensor& other_logits) const {
+    return {other_logits, target, weight, options, row_weight, logit_scale, divisor};
+  }
+  // Of each row's loss, before its weight.
+  Inputs of_rows() const { return {logits, target, weight, options.of_rows(), kNoTensor, logit_scale}; }
   // Whether the call asks for nothing that torch's own loss does not have.
   bool is_plain() const {
     const Options& o = options;

@@ -138,6 +138,10 @@ struct Moment {
     const T step = exps.max - top < -kFarthest ? -kFarthest : exps.max - top;
     return {step == 0 || exps.max == -INFINITY ? sum : (sum + exps.sum * step) * MaxSum<T>::rescale(exps.max, top)};
   }
+  CE_HOST_DEVICE Moment merge(const MaxSum<T>& exps, const Moment& other, const MaxSum<T>& other_exps) const {
+    const T top = other_exps.max > exps.max ? other_exps.max : exps.max;
+    return {relative_to(top, exps).sum + other.relative_to(top, other_exps).sum};
+  }
   CE_HOST_DEVICE T entropy(const MaxSum<T>& exps) const { return exps.log_sum() - sum / exps.sum; }
 };
 
@@ -165,10 +169,8 @@ struct RowStats {
   RowPlace<T> place;
 
   CE_HOST_DEVICE RowStats merge(const RowStats& other) const {
-    RowStats result{state.merge(other.state), {}, place.merge(other.place)};
-    const T top = result.state.exps.max;
-    result.moment.sum = moment.relative_to(top, state.exps).sum + other.moment.relative_to(top, other.state.exps).sum;
-    return result;
+    return {state.merge(other.state), moment.merge(state.exps, other.moment, other.state.exps),
+            place.merge(other.place)};
   }
   CE_HOST_DEVICE void raise(T top) {
     moment = moment.relative_to(top, state.exps);

@@ -63,6 +63,7 @@ def make_calls():
         for name, args in (
             ("cross_entropy", (x, t, w if soft else v, *options, full)),
             ("forward", (x, t, w if soft else v, *options, full)),
+            *[("forward_grad", (x, t, w if soft else v, *options, full))] * (reduction == MEAN),
             ("backward", (grad_loss, grad_lse, top, total, None, grad_lse, lse, x, t, w if soft else v, *options)),
             ("logit_scale_backward", (grad_loss, *nothing, x, t, w if soft else v, *options)),
         ):

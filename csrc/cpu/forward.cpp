@@ -26,9 +26,7 @@ struct TileDetails {
   // As states `mine` are merged with `others`, of which `other` are the details.
   void merge(const TileDetails& other, const RowState<double>* mine, const RowState<double>* others, int rows) {
     for (int lane = 0; lane < rows; ++lane) {
-      const MaxSum<double>&exps = mine[lane].exps, &more = others[lane].exps;
-      const double top = std::max(exps.max, more.max);
-      moments[lane].sum = moments[lane].relative_to(top, exps).sum + other.moments[lane].relative_to(top, more).sum;
+      moments[lane] = moments[lane].merge(mine[lane].exps, other.moments[lane], others[lane].exps);
       places[lane] = places[lane].merge(other.places[lane]);
       target_logits[lane] += other.target_logits[lane];
     }
@@ -230,7 +228,7 @@ struct Forward {
     const A* loss = static_cast<const A*>(p.loss);
     for (int64_t row = 0; row < p.rows; ++row) {
       const double of_row = loss[row_offset(p, row, p.row_strides)];
-      sums[row % kSums] += kWeighted ? of_row * row_weight_of<A>(p, row) : of_row;
+      sums[row % kSums] += kWeighted ? of_row * row_value<A>(p, p.row_weight, row, 1) : of_row;
     }
     double total = -0.0;
     for (const double sum : sums) {

@@ -25,7 +25,7 @@ TargetSummary summarize_indices(const Problem& p, int64_t begin, int64_t end) {
       return summary;
     }
     const double weight = weights ? double(weights[target]) : 1.0;
-    summary.weight += kWeighted ? weight * row_weight_of<A>(p, row) : weight;
+    summary.weight += kWeighted ? weight * row_value<A>(p, p.row_weight, row, 1) : weight;
   }
   return summary;
 }
@@ -37,7 +37,7 @@ TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
   }
   TargetSummary summary;
   for (int64_t row = begin; row < end; ++row) {
-    summary.weight += row_weight_of<A>(p, row);
+    summary.weight += row_value<A>(p, p.row_weight, row, 1);
   }
   return summary;
 }

@@ -112,12 +112,6 @@ struct Exps {
   A* references = nullptr;  // (groups)
 };
 
-// A row's value of an operand of shape (rows), or `otherwise` where there is none.
-template <typename A>
-inline A row_value(const Problem& p, const Input& operand, int64_t row, A otherwise) {
-  return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : otherwise;
-}
-
 // The upstream gradient of each row's loss: with its weight, over the divisor of the reduction.
 template <typename A>
 class Upstream {

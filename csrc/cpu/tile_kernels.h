@@ -433,12 +433,8 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
       row.add(targets.weight[lane] * coefficients.smoothing.keep, at_target[lane]);
     }
     if constexpr (kMoment) {
-      Moment<double> moment{kAlong ? reduce_sum<A>(sums.moment) : sums.moment[lane]};
-      if (begin > 0) {
-        const double top = std::max(states[lane].exps.max, row.exps.max);
-        moment.sum = moment.relative_to(top, row.exps).sum + moments[lane].relative_to(top, states[lane].exps).sum;
-      }
-      moments[lane] = moment;
+      const Moment<double> moment{kAlong ? reduce_sum<A>(sums.moment) : sums.moment[lane]};
+      moments[lane] = begin == 0 ? moment : moments[lane].merge(states[lane].exps, moment, row.exps);
     }
     states[lane] = begin == 0 ? row : states[lane].merge(row);
   }

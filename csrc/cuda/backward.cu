@@ -41,11 +41,11 @@ CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int
   }
   RowUpstream<A> upstream;
   upstream.loss = target.kept ? upstream_of<A>(p, row) : A(0);
-  upstream.lse = value_of_row<A>(p, p.grad_lse, row);
+  upstream.lse = row_value<A>(p, p.grad_lse, row, 0);
   A entropy = 0;
   if constexpr (kGeneral) {
-    upstream.log_prob = target.kept ? value_of_row<A>(p, p.grad_log_prob, row) : A(0);
-    upstream.entropy = value_of_row<A>(p, p.grad_entropy, row);
+    upstream.log_prob = target.kept ? row_value<A>(p, p.grad_log_prob, row, 0) : A(0);
+    upstream.entropy = row_value<A>(p, p.grad_entropy, row, 0);
     entropy = p.entropy ? static_cast<const A*>(p.entropy)[row_offset(p, row, p.row_strides)] : A(0);
   }
   return make_row_gradient<A>(exps_of<A>(p, row), sum, A(p.z_loss), upstream, entropy);

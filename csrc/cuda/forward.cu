@@ -54,11 +54,7 @@ CE_DEVICE void push_linear(RowState<A>& state, const A (&z)[kSize], const A (&co
 template <typename A, int kSize>
 CE_DEVICE void push(RowPlace<A>& place, int64_t c, const A (&y)[kSize], int64_t target, A target_y) {
   CE_UNROLL for (int i = 0; i < kSize; ++i) {
-    if (y[i] > place.max || (y[i] == place.max && c + i < place.argmax)) {  // a row's end comes before its middle
-      place.max = y[i];
-      place.argmax = c + i;
-    }
-    place.rank += RowPlace<A>::is_before(y[i], target_y, c + i < target);
+    place = place.merge({y[i], c + i, RowPlace<A>::is_before(y[i], target_y, c + i < target)});
   }
 }
 

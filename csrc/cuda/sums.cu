@@ -16,7 +16,7 @@ constexpr int kCluster = 8;
 template <typename A>
 CE_DEVICE RowSums sums_of(const Problem& p, int64_t row, bool losses, bool weights) {
   RowSums sums;
-  const A row_weight = row_weight_of<A>(p, row);
+  const A row_weight = row_value<A>(p, p.row_weight, row, 1);
   if (losses) {
     // Without row weights any order will do.
     const int64_t offset = p.row_weight.data ? row_offset(p, row, p.row_strides) : row;

@@ -114,13 +114,7 @@ CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
   const Input& grad = p.grad_loss;
   const A upstream =
       grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) : A(1);
-  return upstream * row_weight_of<A>(p, row) / divisor_of<A>(p);
-}
-
-// A row's value of an operand of shape (rows), or 0 where there is none.
-template <typename A>
-CE_DEVICE A value_of_row(const Problem& p, const Input& operand, int64_t row) {
-  return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : A(0);
+  return upstream * row_value<A>(p, p.row_weight, row, 1) / divisor_of<A>(p);
 }
 
 // The gradient of the formula's logits z, of a piece of a row from class c on.
