@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
-SANITIZED := autograd cross_entropy errors large_gradients options row_stats special_values
+SANITIZED := autograd cross_entropy distillation errors large_gradients options row_stats special_values
 OPERATORS := $(SANITIZED) torch_samples deferred_errors operators compatibility
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 

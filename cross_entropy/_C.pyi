@@ -27,6 +27,9 @@ def cross_entropy_with_options(
     divisor: float | None,
     valid_classes: int | None,
     zero_if_empty: bool,
+    divergence: int,
+    reverse: bool,
+    teacher_scale: float,
 ) -> Tensor: ...
 def row_stats(
     logits: Tensor,

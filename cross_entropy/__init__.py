@@ -10,6 +10,7 @@ tensor(0.7437)
 tensor(-0.)
 """
 
+from cross_entropy.distillation import distillation_loss
 from cross_entropy.functional import (
     RowStats,
     check_errors,
@@ -30,6 +31,7 @@ __all__ = [
     "build_info",
     "check_errors",
     "cross_entropy",
+    "distillation_loss",
     "entropy",
     "log_prob",
     "release_memory",

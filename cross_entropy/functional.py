@@ -30,7 +30,7 @@ class RowStats(_RowStats):
         return super().__new__(cls, *(results[0] if len(results) == 1 else results))
 
 
-def _prepare_for(logits: Tensor) -> None:
+def prepare_for(logits: Tensor) -> None:
     """Whoever has a DTensor has imported torch.distributed.tensor, which takes too long for all others."""
     if type(logits).__name__ == "DTensor":
         import cross_entropy.sharding  # noqa: F401
@@ -124,7 +124,7 @@ def cross_entropy(
             **options,
         )
     if type(input) is not Tensor:
-        _prepare_for(input)
+        prepare_for(input)
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     number = _Reduction.get_enum(reduction)
@@ -215,7 +215,7 @@ def row_stats(
             **options,  # type: ignore[arg-type]
         )
     if type(logits) is not Tensor:
-        _prepare_for(logits)
+        prepare_for(logits)
     if outputs is not None or options:
         names = ("maximum", "logsumexp", "loss") if outputs is None else tuple(outputs)
         check_outputs(names, logits, target)

@@ -112,7 +112,17 @@ def _number_or_tensor(name: str, value: Any, default: float | None) -> tuple[flo
 class Call:
     """One call with options."""
 
-    def __init__(self, input: Tensor, target: Tensor | None, reduction: int, given: CallOptions | RowOptions) -> None:
+    def __init__(
+        self,
+        input: Tensor,
+        target: Tensor | None,
+        reduction: int,
+        given: CallOptions | RowOptions,
+        *,
+        divergence: int = 0,
+        reverse: bool = False,
+        teacher_scale: float = 1.0,
+    ) -> None:
         if unknown := given.keys() - DEFAULTS.keys():
             raise TypeError(f"cross_entropy() got an unexpected keyword argument '{min(unknown)}'")
         options: dict[str, Any] = {**DEFAULTS, **given}
@@ -149,6 +159,9 @@ class Call:
             "divisor": by,
             "valid_classes": options["valid_classes"],
             "zero_if_empty": options["empty"] == "zero",
+            "divergence": divergence,
+            "reverse": reverse,
+            "teacher_scale": teacher_scale,
         }
 
     def move_classes(self) -> None:

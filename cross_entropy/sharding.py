@@ -22,6 +22,9 @@ MIXED = (
     "distributed operators!"
 )
 INPUTS = [argument.name for argument in OPERATORS.loss.default._schema.arguments]
+# What the backward operators take of each row, besides the gradient of its loss.
+BACKWARD_ROWS = [argument.name for argument in OPERATORS.backward.default._schema.arguments]
+BACKWARD_ROWS = BACKWARD_ROWS[1 : BACKWARD_ROWS.index("logits")]
 Placements = list[Placement]
 
 
@@ -103,8 +106,7 @@ class Call:
                 divisor = divisor.masked_fill(divisor == 0, torch.inf)
             self.inputs["divisor_tensor"] = divisor
         self.outputs = given.get("outputs", 0)
-        of_rows = ("grad_lse", "max", "sum", "grad_log_prob", "grad_entropy", "entropy")
-        rows = {name: sharding.local(given.get(name), sharding.rows) for name in of_rows}
+        rows = {name: sharding.local(given.get(name), sharding.rows) for name in BACKWARD_ROWS}
         upstream = sharding.rows if self.reduction == NONE else sharding.one
         self.backward_inputs = {"grad_loss": sharding.local(given.get("grad_loss"), upstream), **rows}
 
@@ -144,6 +146,11 @@ def stats(call: Call) -> tuple[DTensor, ...]:
     return call.whole_loss(loss), *(
         call.whole_rows(r) if r.shape == loss.shape else call.sharding.whole(r, one, r.shape, (1,)) for r in rows
     )
+
+
+def diverge(call: Call) -> tuple[DTensor, ...]:
+    loss, *rows = OPERATORS.diverge(**call.inputs)
+    return call.whole_loss(loss), *map(call.whole_rows, rows)
 
 
 def forward_grad(call: Call) -> tuple[DTensor, DTensor]:
@@ -190,6 +197,7 @@ def register(rule: Callable[[Call], Any]) -> None:
 
 for rule in (
     stats,
+    diverge,
     loss,
     forward,
     forward_grad,

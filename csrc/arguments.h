@@ -10,38 +10,43 @@
 
 namespace ce {
 
-#define CE_INPUTS_BESIDES_LOGITS                                                                \
-  "Tensor target, Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, "  \
-  "bool full_precision=False, *, Tensor? row_weight=None, Tensor? logit_scale_tensor=None, "    \
-  "Tensor? divisor_tensor=None, float z_loss=0.0, float? softcap=None, float logit_scale=1.0, " \
-  "float? divisor=None, SymInt? valid_classes=None, bool zero_if_empty=False"
+#define CE_INPUTS_BESIDES_LOGITS                                                                  \
+  "Tensor target, Tensor? weight, int reduction, SymInt ignore_index, float label_smoothing, "    \
+  "bool full_precision=False, *, Tensor? row_weight=None, Tensor? logit_scale_tensor=None, "      \
+  "Tensor? divisor_tensor=None, float z_loss=0.0, float? softcap=None, float logit_scale=1.0, "   \
+  "float? divisor=None, SymInt? valid_classes=None, bool zero_if_empty=False, int divergence=0, " \
+  "bool reverse=False, float teacher_scale=1.0"
 #define CE_INPUTS "Tensor logits, " CE_INPUTS_BESIDES_LOGITS
 #define CE_INPUTS_TO_WRITE_TO "Tensor(a!) logits, " CE_INPUTS_BESIDES_LOGITS
 #define CE_BACKWARD_INPUTS                                                              \
   "Tensor grad_loss, Tensor? grad_lse, Tensor max, Tensor sum, Tensor? grad_log_prob, " \
-  "Tensor? grad_entropy, Tensor? entropy, "
+  "Tensor? grad_entropy, Tensor? entropy, Tensor? teacher_max, Tensor? teacher_sum, Tensor? mean, "
 
 #define CE_INPUT_PARAMETERS                                                                                    \
   const at::Tensor &logits, const at::Tensor &target, const OptionalTensor &weight, int64_t reduction,         \
       c10::SymInt ignore_index, double label_smoothing, bool full_precision, const OptionalTensor &row_weight, \
       const OptionalTensor &logit_scale_tensor, const OptionalTensor &divisor_tensor, double z_loss,           \
       std::optional<double> softcap, double logit_scale, std::optional<double> divisor,                        \
-      std::optional<c10::SymInt> valid_classes, bool zero_if_empty
-#define CE_INPUTS_FROM_PARAMETERS                                                                                   \
-  Inputs {                                                                                                          \
-    logits, target, weight,                                                                                         \
-        Options{reduction, std::move(ignore_index),  label_smoothing, full_precision, z_loss, softcap, logit_scale, \
-                divisor,   std::move(valid_classes), zero_if_empty},                                                \
-        row_weight, logit_scale_tensor, divisor_tensor                                                              \
+      std::optional<c10::SymInt> valid_classes, bool zero_if_empty, int64_t divergence, bool reverse,          \
+      double teacher_scale
+#define CE_INPUTS_FROM_PARAMETERS                                                                                     \
+  Inputs {                                                                                                            \
+    logits, target, weight,                                                                                           \
+        Options{                                                                                                      \
+            reduction, std::move(ignore_index),  label_smoothing, full_precision, z_loss,  softcap,      logit_scale, \
+            divisor,   std::move(valid_classes), zero_if_empty,   divergence,     reverse, teacher_scale},            \
+        row_weight, logit_scale_tensor, divisor_tensor                                                                \
   }
 #define CE_ARGUMENTS_OF(in)                                                                                        \
   in.logits, in.target, in.weight, in.options.reduction, in.options.ignore_index, in.options.label_smoothing,      \
       in.options.full_precision, in.row_weight, in.logit_scale, in.divisor, in.options.z_loss, in.options.softcap, \
-      in.options.logit_scale, in.options.divisor, in.options.valid_classes, in.options.zero_if_empty
+      in.options.logit_scale, in.options.divisor, in.options.valid_classes, in.options.zero_if_empty,              \
+      in.options.divergence, in.options.reverse, in.options.teacher_scale
 
-#define CE_BACKWARD_PARAMETERS                                                                               \
-  const at::Tensor &grad_loss, const OptionalTensor &grad_lse, const at::Tensor &max, const at::Tensor &sum, \
-      const OptionalTensor &grad_log_prob, const OptionalTensor &grad_entropy, const OptionalTensor &entropy
+#define CE_BACKWARD_PARAMETERS                                                                                \
+  const at::Tensor &grad_loss, const OptionalTensor &grad_lse, const at::Tensor &max, const at::Tensor &sum,  \
+      const OptionalTensor &grad_log_prob, const OptionalTensor &grad_entropy, const OptionalTensor &entropy, \
+      const OptionalTensor &teacher_max, const OptionalTensor &teacher_sum, const OptionalTensor &mean
 
 // What the dispatcher calls for a kernel of Inputs, and of others before them.
 template <auto kKernel>
@@ -50,7 +55,8 @@ auto unpacked(CE_INPUT_PARAMETERS) {
 }
 template <auto kKernel>
 auto unpacked_backward(CE_BACKWARD_PARAMETERS, CE_INPUT_PARAMETERS) {
-  return kKernel(BackwardInputs{grad_loss, grad_lse, max, sum, grad_log_prob, grad_entropy, entropy},
+  return kKernel(BackwardInputs{grad_loss, grad_lse, max, sum, grad_log_prob, grad_entropy, entropy, teacher_max,
+                                teacher_sum, mean},
                  CE_INPUTS_FROM_PARAMETERS);
 }
 template <auto kKernel>
@@ -77,8 +83,8 @@ class BackwardOperator {
   explicit BackwardOperator(const char* name)
       : call_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
   Result operator()(const BackwardInputs& b, const Inputs& in) const {
-    return call_.call(b.grad_loss, b.grad_lse, b.max, b.sum, b.grad_log_prob, b.grad_entropy, b.entropy,
-                      CE_ARGUMENTS_OF(in));
+    return call_.call(b.grad_loss, b.grad_lse, b.max, b.sum, b.grad_log_prob, b.grad_entropy, b.entropy, b.teacher_max,
+                      b.teacher_sum, b.mean, CE_ARGUMENTS_OF(in));
   }
 
  private:

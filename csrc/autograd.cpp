@@ -222,8 +222,9 @@ struct LossBackward : Node {
   enum Output { kLogits, kTarget, kWeight, kLogitScale };
 
   SavedInputs saved;
-  SavedVariable max, sum;          // where the gradient is left to the backward pass
-  SavedVariable entropy;           // where it has a gradient
+  SavedVariable max, sum;  // where the gradient is left to the backward pass
+  SavedVariable entropy;   // where it has a gradient
+  SavedVariable teacher_max, teacher_sum, mean;
   Tensor grad;                     // where the forward pass has computed it, for an upstream gradient of 1
   bool replaces_logits = false;    // that gradient is in their memory; or
   bool overwrites_logits = false;  // the backward pass writes it there
@@ -238,6 +239,9 @@ struct LossBackward : Node {
     f(max);
     f(sum);
     f(entropy);
+    f(teacher_max);
+    f(teacher_sum);
+    f(mean);
   }
 
   void release_variables() override {
@@ -262,6 +266,9 @@ struct LossBackward : Node {
     collect_optional(options.divisor, options.divisor.value_or(0));
     collect_optional(options.valid_classes, options.valid_classes.value_or(0).guard_int(__FILE__, __LINE__));
     args.collect(options.zero_if_empty);
+    args.collect(options.divergence);
+    args.collect(options.reverse);
+    args.collect(options.teacher_scale);
     args.collect(overwrites_logits);
     const_cast<LossBackward*>(this)->for_each_variable(
         [&](SavedVariable& variable) { args.collect(variable, /*is_output=*/false); });
@@ -303,16 +310,25 @@ struct LossBackward : Node {
     Tensor row_sum = sum.unpack();
     const bool is_differentiated = create_graph || has_tangent(grad_loss) || has_tangent(grad_lse) ||
                                    has_tangent(grad_log_prob) || has_tangent(grad_entropy);
-    if (is_differentiated && (!in.is_plain() || grad_log_prob || grad_entropy)) {
+    if ((is_differentiated && (!in.is_plain() || grad_log_prob || grad_entropy)) ||
+        (in.has_teacher() && task_should_compute_output(kLogitScale))) {
       return differentiable_gradients(in, {grad_loss, grad_lse, row_max, row_sum, grad_log_prob, grad_entropy});
     }
+    Tensor row_teacher_max = teacher_max.unpack(), row_teacher_sum = teacher_sum.unpack(), row_mean = mean.unpack();
     if (!row_max.defined()) {
       const at::NoGradGuard no_graph;
-      std::tie(std::ignore, row_max, row_sum, std::ignore) = op::forward(in);
+      if (in.has_teacher()) {
+        std::tie(std::ignore, row_max, row_sum, row_teacher_max, row_teacher_sum, row_mean) = op::diverge(in);
+      } else {
+        std::tie(std::ignore, row_max, row_sum, std::ignore) = op::forward(in);
+      }
     }
     const Tensor upstream = grad_loss.defined() ? grad_loss : at::zeros({}, row_max.options());
     const OptionalTensor row_entropy = if_defined(entropy.unpack());
-    const BackwardInputs b{upstream, grad_lse, row_max, row_sum, grad_log_prob, grad_entropy, row_entropy};
+    const OptionalTensor of_teacher_max = if_defined(row_teacher_max), of_teacher_sum = if_defined(row_teacher_sum);
+    const OptionalTensor of_mean = if_defined(row_mean);
+    const BackwardInputs b{upstream,     grad_lse,    row_max,        row_sum,        grad_log_prob,
+                           grad_entropy, row_entropy, of_teacher_max, of_teacher_sum, of_mean};
     if (task_should_compute_output(kTarget)) {
       outputs[kTarget] = op::target_backward(b, in);
     }
@@ -425,6 +441,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_graph(const Inputs& in) 
   return {loss, max, sum, lse};
 }
 
+// The loss, and in the node what the backward pass computes the gradient from.
+template <typename NodeType>
+Tensor forward_for(NodeType& node, const Inputs& in) {
+  if (in.has_teacher()) {
+    const auto [loss, max, sum, teacher_max, teacher_sum, mean] = op::diverge(in);
+    save_rows(node, max, sum);
+    node->teacher_max = SavedVariable(teacher_max, /*is_output=*/false);
+    node->teacher_sum = SavedVariable(teacher_sum, false);
+    node->mean = SavedVariable(mean, false);
+    return loss;
+  }
+  const auto [loss, max, sum, lse] = op::forward(in);
+  save_rows(node, max, sum);
+  return loss;
+}
+
 // With the tangent that its logits give the loss: the gradient of each row's loss times the row's tangent.
 Tensor loss_with_tangent(const Inputs& in) {
   const auto [loss, max, sum, lse] = forward_with_graph(in);
@@ -465,14 +497,13 @@ Tensor loss_autograd(const Inputs& in) {
     return loss_of_weighted_rows(in, op::loss);
   }
   auto node = make_backward(in);
-  Tensor loss, max, sum;
+  Tensor loss;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (computes_grad_in_forward(in)) {
       std::tie(loss, node->grad) = op::forward_grad(in);
     } else {
-      std::tie(loss, max, sum, std::ignore) = op::forward(in);
-      save_rows(node, max, sum);
+      loss = forward_for(node, in);
     }
   }
   node->saved.save(in);
@@ -501,7 +532,7 @@ Tensor loss_autograd_(const Inputs& in) {
   TORCH_CHECK(logits.is_non_overlapping_and_dense(),
               "cross_entropy: inplace=True needs logits that are dense in memory and do not overlap");
   auto node = make_backward(in);
-  Tensor loss, max, sum;
+  Tensor loss;
   if (computes_grad_in_forward(in)) {
     {
       at::AutoDispatchBelowADInplaceOrView guard;
@@ -515,8 +546,7 @@ Tensor loss_autograd_(const Inputs& in) {
     torch::autograd::rebase_history(logits, overwritten);
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, max, sum, std::ignore) = op::forward(in);
-    save_rows(node, max, sum);
+    loss = forward_for(node, in);
     node->overwrites_logits = true;
     node->saved.save(in);
   }
@@ -556,6 +586,24 @@ Stats stats_autograd(int64_t outputs, const Inputs& in) {
     node->entropy = SavedVariable(entropy.detach(), /*is_output=*/false);
   }
   return stats;
+}
+
+Diverged diverge_autograd(const Inputs& in) {
+  if (any_has_tangent(in) || is_transformed(in)) {
+    check(in);
+    return formulas::diverge(in);
+  }
+  Diverged diverged;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    diverged = op::diverge(in);
+  }
+  if (needs_graph(in)) {
+    auto node = make_backward(in);  // which finds the rows' results again
+    node->saved.save(in);
+    torch::autograd::set_history(std::get<0>(diverged), node);
+  }
+  return diverged;
 }
 
 Tensor loss_not_replaced(const Inputs& in) {
@@ -607,6 +655,11 @@ Tensor backward_autograd(const BackwardInputs& b, const Inputs& in) {
 
 Tensor target_backward_autograd(const BackwardInputs& b, const Inputs& in) {
   if (is_differentiated(b.grad_loss, in.logits, in.target, in.weight)) {
+    if (in.has_teacher()) {
+      const Tensor teacher = in.target.requires_grad() ? in.target : in.target.detach().requires_grad_();
+      return differentiate({in.logits, teacher, in.weight, in.options, in.row_weight, in.logit_scale, in.divisor}, b,
+                           {teacher})[0];
+    }
     return formulas::target_gradient(b.grad_loss, in);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -671,6 +724,7 @@ TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
   m.impl("loss", &unpacked<&loss_autograd>);
   m.impl("forward", &unpacked<&forward_autograd>);
   m.impl("stats", &unpacked_stats<&stats_autograd>);
+  m.impl("diverge", &unpacked<&diverge_autograd>);
   m.impl("forward_grad", &unpacked<&forward_grad_autograd>);
   m.impl("backward", &unpacked_backward<&backward_autograd>);
   m.impl("target_backward", &unpacked_backward<&target_backward_autograd>);

@@ -23,7 +23,7 @@ bool is_own_mean(const Inputs& in) {
 
 // Whether it is the sum of weights, and not the number of rows, that a mean divides by.
 bool divides_by_weight(const Problem& problem, const Inputs& in) {
-  return is_own_mean(in) && (problem.target_type != TargetType::kProbabilities || problem.row_weight.data);
+  return is_own_mean(in) && (has_indices(problem) || problem.row_weight.data);
 }
 
 }  // namespace
@@ -47,7 +47,7 @@ NewGrad HostBackend::empty_grad(const at::Tensor& like) {
 
 void HostBackend::prepare(Problem& problem, const Inputs& in) {
   const bool by_weight = divides_by_weight(problem, in);
-  if (problem.target_type != TargetType::kProbabilities || by_weight) {
+  if (has_indices(problem) || by_weight) {
     const TargetSummary summary = cpu::summarize_targets(problem);
     TORCH_CHECK_INDEX(summary.bad_row < 0, "Target ", summary.bad_target, " is out of bounds.");
     if (by_weight) {

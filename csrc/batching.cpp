@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_batched(const Inputs& in) {
 // What the backward kernels read, with the batch in it.
 struct OuterOperands {
   Tensor grad_loss, logits, target, max, sum;
-  OptionalTensor grad_lse, grad_log_prob, grad_entropy, entropy;
+  OptionalTensor grad_lse, grad_log_prob, grad_entropy, entropy, teacher_max, teacher_sum, mean;
 
   OuterOperands(const Batch& batch, const BackwardInputs& b, const Inputs& in)
       : grad_loss(batch.outer(formulas::upstream_of_rows(b.grad_loss, in).expand_as(b.max))),
@@ -128,9 +128,14 @@ struct OuterOperands {
         grad_lse(outer_if_given(batch, b.grad_lse)),
         grad_log_prob(outer_if_given(batch, b.grad_log_prob)),
         grad_entropy(outer_if_given(batch, b.grad_entropy)),
-        entropy(outer_if_given(batch, b.entropy)) {}
+        entropy(outer_if_given(batch, b.entropy)),
+        teacher_max(outer_if_given(batch, b.teacher_max)),
+        teacher_sum(outer_if_given(batch, b.teacher_sum)),
+        mean(outer_if_given(batch, b.mean)) {}
 
-  BackwardInputs backward() const { return {grad_loss, grad_lse, max, sum, grad_log_prob, grad_entropy, entropy}; }
+  BackwardInputs backward() const {
+    return {grad_loss, grad_lse, max, sum, grad_log_prob, grad_entropy, entropy, teacher_max, teacher_sum, mean};
+  }
 
  private:
   static OptionalTensor outer_if_given(const Batch& batch, const OptionalTensor& rows) {
@@ -139,8 +144,8 @@ struct OuterOperands {
 };
 
 Batch batch_of(const BackwardInputs& b, const Inputs& in) {
-  return Batch({b.grad_loss, b.grad_lse, b.max, b.sum, b.grad_log_prob, b.grad_entropy, b.entropy, in.logits, in.target,
-                in.weight, in.row_weight});
+  return Batch({b.grad_loss, b.grad_lse, b.max, b.sum, b.grad_log_prob, b.grad_entropy, b.entropy, b.teacher_max,
+                b.teacher_sum, b.mean, in.logits, in.target, in.weight, in.row_weight});
 }
 
 Tensor backward_batched(const BackwardInputs& b, const Inputs& in) {
@@ -162,7 +167,18 @@ Stats stats_batched(int64_t outputs, const Inputs& in) {
   return formulas::stats(outputs, in);
 }
 
+Diverged diverge_batched(const Inputs& in) {
+  check(in);
+  return formulas::diverge(in);
+}
+
 std::tuple<Tensor, Tensor> forward_grad_batched(const Inputs& in) {
+  if (in.has_teacher()) {
+    const auto [loss, max, sum, teacher_max, teacher_sum, mean] = op::diverge(in);
+    const Tensor one = at::ones({}, max.options());
+    return {loss, op::backward(
+                      {one, kNoTensor, max, sum, kNoTensor, kNoTensor, kNoTensor, teacher_max, teacher_sum, mean}, in)};
+  }
   const auto [loss, max, sum, lse] = op::forward(in);
   const Tensor one = at::ones({}, max.options());
   return {loss, op::backward({one, kNoTensor, max, sum}, in)};
@@ -203,6 +219,7 @@ TORCH_LIBRARY_IMPL(cross_entropy, FuncTorchBatched, m) {
   m.impl("cross_entropy_", &unpacked<&loss_batched_>);
   m.impl("forward", &unpacked<&forward_batched>);
   m.impl("stats", &unpacked_stats<&stats_batched>);
+  m.impl("diverge", &unpacked<&diverge_batched>);
   m.impl("forward_grad", &unpacked<&forward_grad_batched>);
   m.impl("backward", &unpacked_backward<&backward_batched>);
   m.impl("target_backward", &unpacked_backward<&target_backward_batched>);

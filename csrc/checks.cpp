@@ -56,6 +56,16 @@ void check_options(const Inputs& in) {
   }
 }
 
+void check_teacher(const Inputs& in) {
+  const auto& o = in.options;
+  TORCH_CHECK_VALUE(o.divergence == kCrossEntropy || o.divergence == kKullbackLeibler, o.divergence,
+                    " is not a valid value for divergence");
+  TORCH_CHECK_VALUE(is_probabilities(in), "cross_entropy: the teacher's logits must have the shape of the logits, ",
+                    in.logits.sym_sizes(), ". Got: ", in.target.sym_sizes());
+  TORCH_CHECK_VALUE(!in.weight && o.label_smoothing == 0,
+                    "cross_entropy: a divergence from a teacher has no class weights and no label smoothing");
+}
+
 void check_index_shapes(const at::Tensor& logits, const at::Tensor& target) {
   const auto sizes = logits.sym_sizes();
   const auto dim = logits.dim();
@@ -81,8 +91,8 @@ void check_index_shapes(const at::Tensor& logits, const at::Tensor& target) {
 
 void check(const Inputs& in) {
   const auto& [logits, target, weight, options, row_weight, logit_scale, divisor] = in;
-  const auto& [reduction, ignore_index, label_smoothing, full_precision, z_loss, softcap, scale, by, valid, zero] =
-      options;
+  const int64_t reduction = options.reduction;
+  const double label_smoothing = options.label_smoothing;
   const bool has_weight = weight && weight->defined();
   TORCH_CHECK(logits.layout() == at::kStrided, "cross_entropy expects dense logits, got ", logits.layout());
   TORCH_CHECK(target.device() == logits.device() && (!has_weight || weight->device() == logits.device()),
@@ -94,7 +104,7 @@ void check(const Inputs& in) {
   if (probabilities) {
     TORCH_CHECK(at::isFloatingType(target.scalar_type()),
                 "Expected floating point type for target with class probabilities, got ", target.scalar_type());
-    TORCH_CHECK(ignore_index < 0, "ignore_index is not supported for floating point target");
+    TORCH_CHECK(options.ignore_index < 0, "ignore_index is not supported for floating point target");
   }
   TORCH_CHECK_INDEX(logits.dim() > 0, probabilities
                                           ? "Dimension specified as 1 but tensor has no dimensions"
@@ -105,6 +115,9 @@ void check(const Inputs& in) {
   TORCH_CHECK(!(label_smoothing > 1), "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
   if (!in.is_plain()) {
     check_options(in);
+  }
+  if (in.has_teacher()) {
+    check_teacher(in);
   }
 
   if (probabilities) {

@@ -181,6 +181,9 @@ Tensor upstream_of_rows(const Tensor& grad_loss, const Inputs& in) {
 }
 
 Tensor loss(const Inputs& in) {
+  if (in.has_teacher()) {
+    return std::get<0>(diverge(in));
+  }
   const Operands o(in);
   const Tensor lse = at::logsumexp(o.z, o.dim, /*keepdim=*/true);
   Tensor rows;
@@ -235,6 +238,37 @@ Stats stats(int64_t outputs, const Inputs& in) {
     rank = before.sum(dim).masked_fill(is_ignored(in).reshape(lse.squeeze(dim).sizes()), -1);
   }
   return {loss(in), max.squeeze(dim), sum, lse.squeeze(dim), log_prob, entropy, argmax, rank};
+}
+
+Diverged diverge(const Inputs& in) {
+  const auto acc = accumulator_of(in.logits.scalar_type());
+  const int64_t dim = class_dim(in.logits);
+  const Tensor z = transformed(valid(in.logits, dim, in).to(acc), in);
+  const Tensor t = valid(in.target, dim, in).to(acc) * in.options.teacher_scale;
+  const Tensor lse = at::logsumexp(z, dim, /*keepdim=*/true);
+  const Tensor log_p = z - lse, log_q = t - at::logsumexp(t, dim, true);
+  const Tensor &log_a = in.options.reverse ? log_p : log_q, &log_b = in.options.reverse ? log_q : log_p;
+  const Tensor a = log_a.exp();
+  const Tensor nothing = a == 0;
+  Tensor ratio = -log_b.masked_fill(nothing, 0);
+  if (in.options.divergence == kKullbackLeibler) {
+    ratio = ratio + log_a.masked_fill(nothing, 0);
+  }
+  const Tensor divergence = (a * ratio).sum(dim);
+  const Tensor rows = in.options.z_loss == 0 ? divergence : divergence + in.options.z_loss * lse.squeeze(dim).square();
+
+  const auto max_sum = [&](const Tensor& logits) {
+    const Tensor max = logits.detach().amax(dim, true);
+    return std::pair(max.squeeze(dim), (logits.detach() - max).exp().sum(dim));
+  };
+  const auto [max, sum] = max_sum(z);
+  const auto [teacher_max, teacher_sum] = max_sum(t);
+  const Tensor &sum_a = in.options.reverse ? sum : teacher_sum, &sum_b = in.options.reverse ? teacher_sum : sum;
+  Tensor mean = divergence.detach() - sum_b.log();
+  if (in.options.divergence == kKullbackLeibler) {
+    mean = mean + sum_a.log();
+  }
+  return {reduce(rows, in), max, sum, teacher_max, teacher_sum, mean};
 }
 
 Tensor logit_scale_gradient(const Tensor& grad_loss, const Inputs& in) {

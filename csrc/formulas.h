@@ -27,6 +27,9 @@ at::Tensor loss(const Inputs&);
 // What the operator of the name gives; the loss and lse, log_prob, entropy are differentiable in every operand.
 Stats stats(int64_t outputs, const Inputs&);
 
+// Of a teacher; the loss is differentiable.
+Diverged diverge(const Inputs&);
+
 // The gradient of the tensor among the logits' scales.
 at::Tensor logit_scale_gradient(const at::Tensor& grad_loss, const Inputs&);
 

@@ -9,7 +9,7 @@ namespace ce {
 constexpr int kMaxDims = 8;
 
 enum class DType : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
-enum class TargetType : int8_t { kInt64, kInt32, kUInt8, kProbabilities };
+enum class TargetType : int8_t { kInt64, kInt32, kUInt8, kProbabilities, kTeacher };
 
 // Divides by one number again and again: n / d as the upper half of a product, exact for n < 2^63.
 struct Divider {
@@ -60,7 +60,7 @@ struct Problem {
   Divider dividers[kMaxDims];  // by the sizes of all dimensions but the first
 
   Input logits;                  // (rows, classes)
-  Input target;                  // (rows) indices, or (rows, classes) probabilities
+  Input target;                  // (rows) indices, or (rows, classes) probabilities or logits of a teacher
   const void* weight = nullptr;  // (classes), acc
   int64_t ignore_index = -100;
   double label_smoothing = 0;
@@ -71,6 +71,9 @@ struct Problem {
   Scalar divisor;                  // what `total` and the gradients are divided by, unless
   bool divides_by_weight = false;  // CUDA: it is the sum of the kept rows' weights, which the kernels find
   bool zero_if_empty = false;      // a sum of weights of 0 makes them 0, not NaN
+  double teacher_scale = 1;        // of a teacher's logits
+  bool reverse = false;            // the divergence is of the teacher's softmax from the logits', or reverse
+  double kappa = 1;                // of row_divergence.h
 
   int64_t row_strides[kMaxDims] = {};  // of loss, max, sum and lse
   void* loss = nullptr;                // (rows), acc
@@ -81,6 +84,9 @@ struct Problem {
   void* entropy = nullptr;             // (rows), acc: also of ignored rows; an input of backward() with `grad_entropy`
   int64_t* argmax = nullptr;           // (rows), also of ignored rows
   int64_t* rank = nullptr;             // (rows): classes before the target's; −1 in ignored rows
+  void* teacher_max = nullptr;         // (rows), acc: as max, of a teacher's logits
+  void* teacher_sum = nullptr;         // (rows), acc
+  void* mean = nullptr;                // (rows), acc: M of row_divergence.h; all three are inputs of backward kernels
   void* total = nullptr;               // (), Σ loss / divisor; needs `loss`
   DType total_type = DType::kFloat32;  // CPU: acc
 
@@ -112,7 +118,7 @@ TargetSummary summarize_targets(const Problem&);
 void forward(const Problem&);
 // The logits' gradient from `max` and `sum`.
 void backward(const Problem&);
-// The gradient of the probabilities, written to `grad`.
+// The gradient of the probabilities or of the teacher's logits, written to `grad`.
 void target_backward(const Problem&);
 // The gradient of the class weights under probability targets, (classes) of acc, written to `grad`.
 void weight_backward(const Problem&);

@@ -90,7 +90,8 @@ at::Tensor cross_entropy_with_options(py::handle input, py::handle target, py::h
                                       bool full_precision, py::handle row_weight, py::handle logit_scale_tensor,
                                       py::handle divisor_tensor, double z_loss, std::optional<double> softcap,
                                       double logit_scale, std::optional<double> divisor,
-                                      std::optional<int64_t> valid_classes, bool zero_if_empty) {
+                                      std::optional<int64_t> valid_classes, bool zero_if_empty, int64_t divergence,
+                                      bool reverse, double teacher_scale) {
   HANDLE_TH_ERRORS
   const Arguments a(input, target, weight, ignore_index, label_smoothing);
   const ce::OptionalTensor of_rows = optional_tensor(row_weight, "row_weight", 7);
@@ -100,7 +101,7 @@ at::Tensor cross_entropy_with_options(py::handle input, py::handle target, py::h
                a.target,
                a.weight,
                {reduction, a.ignore_index, a.label_smoothing, full_precision, z_loss, softcap, logit_scale, divisor,
-                valid_classes, zero_if_empty},
+                valid_classes, zero_if_empty, divergence, reverse, teacher_scale},
                of_rows,
                scale,
                by},

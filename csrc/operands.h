@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "kernels.h"
-#include "row_loss.h"
+#include "row_divergence.h"
 
 namespace ce {
 
@@ -102,10 +102,31 @@ CE_HOST_DEVICE LogitTransform<A> transform_of(const Problem& p) {
   return {value_of<A>(p.logit_scale), A(p.softcap)};
 }
 
+template <typename A>
+CE_HOST_DEVICE LogitTransform<A> teacher_transform_of(const Problem& p) {
+  return {A(p.teacher_scale), 0};
+}
+
 // A row's value of an operand of shape (rows) in the accumulator's type, or `otherwise` where there is none.
 template <typename A>
 CE_HOST_DEVICE A row_value(const Problem& p, const Input& operand, int64_t row, A otherwise) {
   return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : otherwise;
+}
+
+// Whether a row with a teacher is read: one without weight has no loss, whatever its logits are.
+template <typename A>
+CE_HOST_DEVICE bool counts(const Problem& p, int64_t row) {
+  return row_value<A>(p, p.row_weight, row, 1) != 0;
+}
+
+// The gradient of a row's logits or of its teacher's.
+template <typename A>
+CE_HOST_DEVICE DivergenceGradient<A> divergence_gradient_of(const Problem& p, const MaxSum<A>& logits,
+                                                            const MaxSum<A>& teacher, A mean, A upstream,
+                                                            bool of_teacher) {
+  return of_teacher ? make_divergence_gradient(teacher, logits, !p.reverse, mean, upstream, A(0))
+                    : make_divergence_gradient(logits, teacher, p.reverse, mean, upstream,
+                                               upstream * z_loss_slope(logits, A(p.z_loss)));
 }
 
 // Whether more is asked of rows than what the loss needs.
@@ -129,6 +150,11 @@ template <typename A>
 CE_HOST_DEVICE A order_of_logits(const Problem& p) {
   const A scale = value_of<A>(p.logit_scale);
   return A(scale > 0) - A(scale < 0);
+}
+
+// Whether targets are indices of classes.
+CE_HOST_DEVICE bool has_indices(const Problem& p) {
+  return p.target_type < TargetType::kProbabilities;
 }
 
 // Whether classes other than an index target have coefficients.

@@ -21,6 +21,10 @@ namespace {
 using at::ScalarType;
 using at::Tensor;
 
+void check_no_teacher(const Inputs& in) {
+  TORCH_CHECK_VALUE(!in.has_teacher(), "cross_entropy: with a teacher there is only the loss");
+}
+
 // The kernels of the operators, for any backend of backends.h.
 template <typename Backend>
 struct Kernels {
@@ -56,6 +60,7 @@ struct Kernels {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
     check(in);
+    check_no_teacher(in);
     Backend backend(in.logits);
     ProblemBuilder builder(in);
     Tensor max = builder.add_row_result(&Problem::max);
@@ -72,6 +77,7 @@ struct Kernels {
 
   static Stats stats(int64_t outputs, const Inputs& in) {
     check(in);
+    check_no_teacher(in);
     Backend backend(in.logits);
     ProblemBuilder builder(in);
     const auto if_asked = [&](Outputs output, auto Problem::* result, ScalarType dtype) {
@@ -95,6 +101,19 @@ struct Kernels {
       }
     }
     return {loss, max, sum, lse, log_prob, entropy, argmax, rank};
+  }
+
+  static Diverged diverge(const Inputs& in) {
+    check(in);
+    Backend backend(in.logits);
+    ProblemBuilder builder(in);
+    Tensor max = builder.add_row_result(&Problem::max);
+    Tensor sum = builder.add_row_result(&Problem::sum);
+    Tensor teacher_max = builder.add_row_result(&Problem::teacher_max);
+    Tensor teacher_sum = builder.add_row_result(&Problem::teacher_sum);
+    Tensor mean = builder.add_row_result(&Problem::mean);
+    Tensor loss = run_forward(backend, builder, in);
+    return {loss, max, sum, teacher_max, teacher_sum, mean};
   }
 
   // The kernels leave the columns of padding alone.
@@ -144,6 +163,11 @@ struct Kernels {
     builder.add_row_upstream(&Problem::grad_entropy, b.grad_entropy);
     if (b.grad_entropy && b.grad_entropy->defined()) {
       builder.add_row_input(&Problem::entropy, *b.entropy);
+    }
+    if (in.has_teacher()) {
+      builder.add_row_input(&Problem::teacher_max, *b.teacher_max);
+      builder.add_row_input(&Problem::teacher_sum, *b.teacher_sum);
+      builder.add_row_input(&Problem::mean, *b.mean);
     }
     const bool is_of_logits_shape = out.tensor.sizes() == in.logits.sizes();
     if (is_of_logits_shape) {
@@ -207,6 +231,7 @@ struct Kernels {
     m.impl("loss", &unpacked<&loss>);
     m.impl("forward", &unpacked<&forward>);
     m.impl("stats", &unpacked_stats<&stats>);
+    m.impl("diverge", &unpacked<&diverge>);
     m.impl("forward_grad", &unpacked<&forward_grad>);
     m.impl("forward_grad_", &unpacked<&forward_grad_>);
     m.impl("backward", &unpacked_backward<&backward>);
@@ -260,6 +285,12 @@ Stats stats(int64_t outputs, const Inputs& in) {
           if_asked(kRank, at::kLong)};
 }
 
+Diverged diverge(const Inputs& in) {
+  const auto [loss, max, sum, lse] = forward(in);
+  const auto rows = [&] { return at::empty_like(max); };
+  return {loss, max, sum, lse, rows(), rows()};
+}
+
 std::tuple<Tensor, Tensor> forward_grad(const Inputs& in) {
   return {loss(in), at::empty_like(in.logits)};
 }
@@ -307,6 +338,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
 Stats stats(int64_t outputs, const Inputs& in) {
   static const StatsOperator call("cross_entropy::stats");
   return call(outputs, in);
+}
+
+Diverged diverge(const Inputs& in) {
+  static const Operator<Diverged> call("cross_entropy::diverge");
+  return call(in);
 }
 
 std::tuple<Tensor, Tensor> forward_grad(const Inputs& in) {
@@ -366,6 +402,8 @@ TORCH_LIBRARY(cross_entropy, m) {
   m.def("stats(int outputs, " CE_INPUTS
         ") -> (Tensor loss, Tensor max, Tensor sum, Tensor lse, Tensor log_prob, Tensor entropy, Tensor argmax, "
         "Tensor rank)");
+  m.def("diverge(" CE_INPUTS
+        ") -> (Tensor loss, Tensor max, Tensor sum, Tensor teacher_max, Tensor teacher_sum, Tensor mean)");
   m.def("forward_grad(" CE_INPUTS ") -> (Tensor loss, Tensor grad)");
   m.def("forward_grad_(" CE_INPUTS_TO_WRITE_TO ") -> Tensor");
   m.def("backward(" CE_BACKWARD_INPUTS CE_INPUTS ") -> Tensor");
@@ -388,6 +426,7 @@ TORCH_LIBRARY_IMPL(cross_entropy, Meta, m) {
   m.impl("loss", &unpacked<&meta::loss>);
   m.impl("forward", &unpacked<&meta::forward>);
   m.impl("stats", &unpacked_stats<&meta::stats>);
+  m.impl("diverge", &unpacked<&meta::diverge>);
   m.impl("forward_grad", &unpacked<&meta::forward_grad>);
   m.impl("forward_grad_", &unpacked<&meta::forward_grad_>);
   m.impl("backward", &unpacked_backward<&meta::backward>);

@@ -13,6 +13,9 @@ namespace ce {
 using OptionalTensor = std::optional<at::Tensor>;
 inline const OptionalTensor kNoTensor;
 
+// What a loss is whose target is a teacher's logits; row_divergence.h has the formulas.
+enum Divergence : int64_t { kNoDivergence, kCrossEntropy, kKullbackLeibler };
+
 // `reduction` is at::Reduction's number; the loss has the dtype of the logits, with `full_precision` that of the
 // accumulator: float32 for half types. The formulas are in row_loss.h.
 struct Options {
@@ -26,6 +29,9 @@ struct Options {
   std::optional<double> divisor = std::nullopt;             // of the mean, instead of its own
   std::optional<c10::SymInt> valid_classes = std::nullopt;  // the logits' first ones; the others are padding
   bool zero_if_empty = false;                               // the mean of nothing, instead of NaN
+  int64_t divergence = kNoDivergence;                       // of a teacher's logits, which are the target, or
+  bool reverse = false;                                     // reversed
+  double teacher_scale = 1;                                 // of the teacher's logits
 
   // Of each row by itself, in full precision: without what a reduction does.
   Options of_rows() const {
@@ -60,8 +66,9 @@ struct Inputs {
   bool is_plain() const {
     const Options& o = options;
     return o.z_loss == 0 && !o.softcap && o.logit_scale == 1 && !o.divisor && !o.valid_classes && !o.zero_if_empty &&
-           !row_weight && !logit_scale && !divisor;
+           !row_weight && !logit_scale && !divisor && !has_teacher();
   }
+  bool has_teacher() const { return options.divergence != kNoDivergence; }
   bool divides_by_given() const { return options.divisor || divisor; }
 };
 
@@ -74,6 +81,10 @@ struct BackwardInputs {
   const OptionalTensor& grad_log_prob = kNoTensor;
   const OptionalTensor& grad_entropy = kNoTensor;
   const OptionalTensor& entropy = kNoTensor;  // with grad_entropy
+  // With a teacher: the same of its logits, and M of row_divergence.h.
+  const OptionalTensor& teacher_max = kNoTensor;
+  const OptionalTensor& teacher_sum = kNoTensor;
+  const OptionalTensor& mean = kNoTensor;
 };
 
 // What stats() gives besides what the loss needs, as a set of bits.
@@ -83,6 +94,10 @@ enum Outputs : int64_t { kLogProb = 1, kEntropy = 2, kArgmax = 4, kRank = 8 };
 // without elements where it was not asked for.
 using Stats =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// What the forward pass leaves of each row and its teacher's for the backward pass: (loss, max, sum, teacher_max,
+// teacher_sum, mean), the last five in the accumulator's dtype.
+using Diverged = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Loss with autograd, as torch.nn.functional.cross_entropy; operands of different dtypes are promoted.
 at::Tensor cross_entropy(const Inputs&);
@@ -101,6 +116,8 @@ at::Tensor loss(const Inputs&);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const Inputs&);
 // Without a reduction, with those of the outputs that are asked for.
 Stats stats(int64_t outputs, const Inputs&);
+// Of a teacher.
+Diverged diverge(const Inputs&);
 // (loss, its gradient with respect to the logits); for a reduction.
 std::tuple<at::Tensor, at::Tensor> forward_grad(const Inputs&);
 // The same with the gradient written over the logits.
@@ -109,7 +126,7 @@ at::Tensor forward_grad_(const Inputs&);
 at::Tensor backward(const BackwardInputs&, const Inputs&);
 // The same written over the logits.
 void backward_(const BackwardInputs&, const Inputs&);
-// The gradients of probability targets and of the class weights under them.
+// The gradients of probability targets or a teacher's logits, and of the class weights under probabilities.
 at::Tensor target_backward(const BackwardInputs&, const Inputs&);
 at::Tensor weight_backward(const BackwardInputs&, const Inputs&);
 // The gradient of the tensor among the logits' scales.

@@ -71,7 +71,10 @@ ProblemBuilder::ProblemBuilder(const Inputs& in)
       row_sizes_(without(in.logits.sizes(), class_dim_)) {
   const Options& options = in.options;
   problem_.dtype = dtype_of(logits_);
-  problem_.target_type = target_type_of(target_);
+  problem_.target_type = in.has_teacher() ? TargetType::kTeacher : target_type_of(target_);
+  problem_.reverse = options.reverse;
+  problem_.kappa = options.divergence == kKullbackLeibler ? 1 : 0;
+  problem_.teacher_scale = options.teacher_scale;
   problem_.classes =
       options.valid_classes ? options.valid_classes->guard_int(__FILE__, __LINE__) : logits_.size(class_dim_);
   problem_.rows = c10::multiply_integers(row_sizes_);
@@ -95,11 +98,11 @@ ProblemBuilder::ProblemBuilder(const Inputs& in)
   problem_.logits.class_stride = logits_.stride(class_dim_);
   add_operand(problem_.logits.strides, logits_, /*has_classes=*/true);
   problem_.target.data = target_.const_data_ptr();
-  const bool probabilities = problem_.target_type == TargetType::kProbabilities;
-  if (probabilities) {
+  const bool has_classes = !has_indices(problem_);
+  if (has_classes) {
     problem_.target.class_stride = target_.stride(class_dim_);
   }
-  add_operand(problem_.target.strides, target_, probabilities);
+  add_operand(problem_.target.strides, target_, has_classes);
   if (in.row_weight) {
     add_rows(&Problem::row_weight, in.row_weight->detach().to(accumulator()));
   }

@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/SmallVector.h>
 
-#include "kernels.h"
+#include "operands.h"
 #include "ops.h"
 
 namespace ce {
@@ -35,9 +35,7 @@ class ProblemBuilder {
   // The shape of the rows: the logits' without the classes.
   at::IntArrayRef row_sizes() const { return row_sizes_; }
   // Whether there is nothing to compute. Rows without classes can still have an index, which is out of bounds.
-  bool is_empty() const {
-    return problem_.rows == 0 || (problem_.classes == 0 && problem_.target_type == TargetType::kProbabilities);
-  }
+  bool is_empty() const { return problem_.rows == 0 || (problem_.classes == 0 && !has_indices(problem_)); }
 
   // A new tensor of shape (rows) in the accumulator's dtype, for one of the problem's row results.
   at::Tensor add_row_result(void* Problem::* result);

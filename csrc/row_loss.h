@@ -78,6 +78,20 @@ struct LogitTransform {
   }
 };
 
+// ζ · lse², and its slope.
+template <typename T>
+CE_HOST_DEVICE T z_loss_of(const MaxSum<T>& exps, T log_sum, T z_loss) {
+  if (z_loss == 0) {
+    return T(-0.0);  // the identity of addition
+  }
+  const T lse = exps.lse(log_sum);
+  return z_loss * lse * lse;
+}
+template <typename T>
+CE_HOST_DEVICE T z_loss_slope(const MaxSum<T>& exps, T z_loss) {
+  return z_loss == 0 ? T(0) : 2 * z_loss * exps.lse();
+}
+
 // What the one pass over a row leaves behind.
 template <typename T>
 struct RowState {
@@ -105,12 +119,7 @@ struct RowState {
 
   CE_HOST_DEVICE T loss(T z_loss) const {
     const T log_sum = exps.log_sum();
-    const T plain = -(linear - coefficients * log_sum);
-    if (z_loss == 0) {
-      return plain;
-    }
-    const T lse = exps.lse(log_sum);
-    return plain + z_loss * lse * lse;
+    return -(linear - coefficients * log_sum) + z_loss_of(exps, log_sum, z_loss);
   }
 
  private:
@@ -210,8 +219,7 @@ struct RowGradient {
 template <typename T>
 CE_HOST_DEVICE RowGradient<T> make_row_gradient(const MaxSum<T>& exps, T coefficients, T z_loss,
                                                 const RowUpstream<T>& upstream, T entropy = 0) {
-  const T of_lse = z_loss == 0 ? coefficients : coefficients + 2 * z_loss * exps.lse();
-  T scale = upstream.loss * of_lse + upstream.lse - upstream.log_prob;
+  T scale = upstream.loss * (coefficients + z_loss_slope(exps, z_loss)) + upstream.lse - upstream.log_prob;
   if (upstream.entropy != 0) {
     scale += upstream.entropy * (exps.log_sum() - entropy);
   }

@@ -129,3 +129,49 @@ def row_stats(
         log_prob = (shifted.gather(1, index) - lse).squeeze(1).where(rows.kept, 0)
         stats |= {"log_prob": log_prob, "rank": rank, "correct": rank == 0}
     return {name: value.reshape(rows.shape) for name, value in stats.items()}
+
+
+def distillation_loss(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    divergence: str = "kl",
+    reverse: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    class_dim: int = -1,
+    valid_classes: int | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+    empty: str = "nan",
+) -> Tensor:
+    """As cross_entropy.distillation_loss, in float64 and differentiable."""
+    classes = logits.shape[class_dim] if valid_classes is None else valid_classes
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.movedim(class_dim, -1)[..., :classes].reshape(-1, classes).double()
+
+    shape = logits.movedim(class_dim, -1).shape[:-1]
+    x, t = rows(logits), rows(teacher)
+    kept = torch.ones(len(x), dtype=torch.bool) if target is None else target.reshape(-1) != ignore_index
+    r = torch.ones(len(x), dtype=torch.float64) if row_weight is None else row_weight.reshape(-1).double()
+    r = r.where(kept, 0)
+    is_read = kept if row_weight is not None and row_weight.requires_grad else r != 0
+    x, t = (tensor.where(is_read[:, None], 0) for tensor in (x, t))
+    z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
+    of_z, of_t = log_sum_exp(z), log_sum_exp(t / temperature)
+    log_p, log_q = (shifted - lse for lse, shifted, _ in (of_z, of_t))
+    log_a, log_b = (log_p, log_q) if reverse else (log_q, log_p)
+    a = log_a.exp()
+    is_term = a != 0  # 0 · ∞ is none
+    terms = -log_b.where(is_term, 0) + (log_a.where(is_term, 0) if divergence == "kl" else 0)
+    loss = r * ((a * terms).sum(dim=1) + z_loss * (of_z[0] + of_z[2]).square().squeeze(1)).where(is_read, 0)
+    if reduction == "none":
+        return loss.reshape(shape)
+    if reduction == "sum" or divisor is not None:
+        return loss.sum() / (1 if divisor is None else float(divisor))
+    return loss.sum() * 0 if empty == "zero" and r.sum() == 0 else loss.sum() / r.sum()

@@ -48,7 +48,7 @@ def make_calls():
             yield "stats", (6 if soft else 15, x, t, w if soft else v, *options, full)
         yield "divisor", (x, t, w if soft else v, MEAN, -100, 0.1)
         yield "cross_entropy_", (z.clone(), q, v, *options, full)
-        nothing = None, top, total, None, None, None
+        nothing = None, top, total, *[None] * 6
         yield "backward", (grad_loss, grad_lse, *nothing[1:], x, t, w if soft else v, *options)
         yield "backward_", (grad_loss.detach(), *nothing, z.clone(), q, v, *options)
         if reduction == MEAN:
@@ -64,10 +64,24 @@ def make_calls():
             ("cross_entropy", (x, t, w if soft else v, *options, full)),
             ("forward", (x, t, w if soft else v, *options, full)),
             *[("forward_grad", (x, t, w if soft else v, *options, full))] * (reduction == MEAN),
-            ("backward", (grad_loss, grad_lse, top, total, None, grad_lse, lse, x, t, w if soft else v, *options)),
+            (
+                "backward",
+                (grad_loss, grad_lse, top, total, None, grad_lse, lse, *[None] * 3, x, t, w if soft else v, *options),
+            ),
             ("logit_scale_backward", (grad_loss, *nothing, x, t, w if soft else v, *options)),
         ):
             yield name, args, beyond
+    for reduction, reverse in itertools.product((MEAN, NONE), (False, True)):
+        z, t = torch.randn(6, 9, requires_grad=True), torch.randn(6, 9, requires_grad=True)
+        with_teacher = {"divergence": 2, "reverse": reverse, "teacher_scale": 0.5, "logit_scale": 0.5}
+        arguments = None, reduction, -100, 0.0
+        loss, *rows = OPERATORS.diverge(z.detach(), t.detach(), *arguments, **with_teacher)
+        grads = torch.rand_like(loss, requires_grad=True), None, *rows[:2], None, None, None, *rows[2:]
+        for name in ("cross_entropy", "loss", "diverge", *["forward_grad"] * (reduction == MEAN)):
+            yield name, (z, t, *arguments), with_teacher
+        for name in ("backward", "target_backward"):
+            yield name, (*grads, z, t, *arguments), with_teacher
+        yield "cross_entropy_", (torch.randn(6, 9), t.detach(), *arguments), with_teacher
     yield "scale_", (torch.rand(6, 9), torch.tensor(2.0))
     yield "scale_", (torch.rand(6, 9).bfloat16(), torch.tensor(2.0))
 

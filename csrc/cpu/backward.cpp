@@ -41,7 +41,7 @@ struct Backward {
   // The sum of the coefficients that every row of an index target has, but for the target's own.
   double shared_coefficients() const {
     double shared[kMaxLanes] = {};
-    if (has_coefficients(p) && p.target_type != TargetType::kProbabilities) {
+    if (has_coefficients(p) && has_indices(p)) {
       kernels.sum_coefficients(p, true, {0, 1}, shared);
     }
     return shared[0];
@@ -98,6 +98,21 @@ struct Backward {
     *static_cast<A*>(p.grad.data) = static_cast<A>(std::accumulate(sums.begin(), sums.end(), 0.0));
   }
 
+  void divergence(bool of_teacher) const {
+    for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
+      const TileTargets<A> targets(p, tile);
+      TileDivergence<A> gradient(tile);
+      for (int lane = 0; lane < tile.rows; ++lane) {
+        const int64_t offset = row_offset(p, tile.row + lane, p.row_strides);
+        const auto value = [&](const void* rows) { return static_cast<const A*>(rows)[offset]; };
+        gradient.set(
+            lane, divergence_gradient_of(p, {value(p.max), value(p.sum)}, {value(p.teacher_max), value(p.teacher_sum)},
+                                         value(p.mean), upstream.of(tile.row + lane), of_teacher));
+      }
+      kernels.divergence_gradient(p, tiling.along, tile, targets, gradient, of_teacher, begin, end);
+    });
+  }
+
   TileGradient<A> log_sums(Tile tile) const {
     TileGradient<A> rows(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
@@ -134,11 +149,17 @@ struct Backward {
 }  // namespace
 
 void backward(const Problem& p) {
-  dispatch(p.dtype, [&](auto element) { Backward<decltype(element)>(p).logits(); });
+  dispatch(p.dtype, [&](auto element) {
+    const Backward<decltype(element)> backward(p);
+    p.target_type == TargetType::kTeacher ? backward.divergence(/*of_teacher=*/false) : backward.logits();
+  });
 }
 
 void target_backward(const Problem& p) {
-  dispatch(p.dtype, [&](auto element) { Backward<decltype(element)>(p).target(); });
+  dispatch(p.dtype, [&](auto element) {
+    const Backward<decltype(element)> backward(p);
+    p.target_type == TargetType::kTeacher ? backward.divergence(/*of_teacher=*/true) : backward.target();
+  });
 }
 
 void weight_backward(const Problem& p) {

@@ -32,7 +32,7 @@ TargetSummary summarize_indices(const Problem& p, int64_t begin, int64_t end) {
 
 template <typename A>
 TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
-  if (p.target_type != TargetType::kProbabilities) {
+  if (has_indices(p)) {
     return (p.row_weight.data ? summarize_indices<A, true> : summarize_indices<A, false>)(p, begin, end);
   }
   TargetSummary summary;

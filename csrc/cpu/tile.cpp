@@ -23,9 +23,11 @@ TileTargets<A>::TileTargets(const Problem& p, Tile tile) : any_kept(false) {
   for (int lane = 0; lane < tile.rows; ++lane) {
     int64_t target = -1;
     kept[lane] = true;
-    if (p.target_type != TargetType::kProbabilities) {
+    if (has_indices(p)) {
       target = read_target(p, tile.row + lane);
       kept[lane] = target != p.ignore_index;
+    } else if (p.target_type == TargetType::kTeacher) {
+      kept[lane] = counts<A>(p, tile.row + lane);
     }
     index[lane] = kept[lane] ? target : -1;
     weight[lane] = index[lane] >= 0 && weights ? weights[index[lane]] : A(1);

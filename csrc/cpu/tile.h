@@ -105,6 +105,30 @@ struct TileGradient {
   }
 };
 
+// The same for the gradient of a divergence.
+template <typename A>
+struct TileDivergence {
+  A own_max[kMaxLanes];
+  A other_max[kMaxLanes];
+  A scale[kMaxLanes];
+  A tilt[kMaxLanes];
+  A upstream[kMaxLanes];
+
+  explicit TileDivergence(Tile tile) {
+    for (int lane = tile.rows; lane < kMaxLanes && tile.rows > 1; ++lane) {
+      set(lane, {});
+    }
+  }
+
+  void set(int lane, DivergenceGradient<A> row) {
+    own_max[lane] = row.own_max;
+    other_max[lane] = row.other_max;
+    scale[lane] = row.scale;
+    tilt[lane] = row.tilt;
+    upstream[lane] = row.upstream;
+  }
+};
+
 // The exponentials of a row that the forward pass keeps for the gradient, relative to the reference of their group.
 template <typename A>
 struct Exps {
@@ -157,6 +181,11 @@ struct TileKernels {
   void (*logit_scale_gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileGradient<A>&,
                                int64_t begin, int64_t end, double* sum);
   void (*scale)(T* data, int64_t count, A factor);
+  // Merges into rows[lane] what the classes add to the divergence of each row.
+  void (*diverge)(const Problem&, bool along, Tile, int64_t begin, int64_t end, RowDivergence<double>* rows);
+  // The gradient of the logits, or of the teacher's.
+  void (*divergence_gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileDivergence<A>&,
+                              bool of_teacher, int64_t begin, int64_t end);
 };
 
 template <typename T>

@@ -126,6 +126,7 @@ struct AsGiven {
 template <typename A>
 struct Transformed : LogitTransform<A> {
   explicit Transformed(const Problem& p) : LogitTransform<A>(transform_of<A>(p)) {}
+  explicit Transformed(LogitTransform<A> transform) : LogitTransform<A>(transform) {}
 };
 template <typename A, bool kTransformed>
 using Transform = std::conditional_t<kTransformed, Transformed<A>, AsGiven<A>>;
@@ -658,15 +659,21 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   }
 }
 
+// The gradient of one row that has none.
+template <typename T>
+void clear_classes(const Problem& p, Tile tile, int64_t begin, int64_t end) {
+  Columns<Acc<T>, true> columns;
+  const TileView<T, true> grad(p, p.grad, tile, columns);
+  for (int64_t c = begin; c < end; c += kLanes<Acc<T>>) {
+    grad.set(c, lanes_at<Acc<T>, true>(c, end, 1), Vec<Acc<T>>{});
+  }
+}
+
 template <typename T>
 void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets,
               const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end, Exps<Acc<T>> exps) {
   if (along && !targets.kept[0]) {
-    Columns<Acc<T>, true> columns;
-    const TileView<T, true> grad(p, p.grad, tile, columns);
-    for (int64_t c = begin; c < end; c += kLanes<Acc<T>>) {
-      grad.set(c, lanes_at<Acc<T>, true>(c, end, 1), Vec<Acc<T>>{});
-    }
+    clear_classes<T>(p, tile, begin, end);
     return;
   }
   pick(p, along, p.grad_entropy.data, [&](auto a, auto linear, auto transformed, auto tilted) {
@@ -807,9 +814,15 @@ void scale(T* data, int64_t count, Acc<T> factor) {
   }
 }
 
+}  // namespace ce::cpu::CE_ISA
+
+#include "divergence_kernels.h"
+
+namespace ce::cpu::CE_ISA {
+
 template <typename T>
-constexpr TileKernels<T> kTileKernels = {kLanes<Acc<T>>,     accumulate<T>,           place<T>,
-                                         gradient<T>,        sum_coefficients<T>,     target_gradient<T>,
-                                         weight_gradient<T>, logit_scale_gradient<T>, scale<T>};
+constexpr TileKernels<T> kTileKernels = {
+    kLanes<Acc<T>>,     accumulate<T>,           place<T>, gradient<T>, sum_coefficients<T>,   target_gradient<T>,
+    weight_gradient<T>, logit_scale_gradient<T>, scale<T>, diverge<T>,  divergence_gradient<T>};
 
 }  // namespace ce::cpu::CE_ISA

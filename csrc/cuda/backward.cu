@@ -216,18 +216,13 @@ void find_divisor(const Problem& p, Stream stream) {
   }
 }
 
-// Calls f with the walk that the logits' layout asks for.
-template <typename F>
-void dispatch_walk(const Problem& p, F&& f) {
-  dispatch(p.dtype, [&](auto element) {
-    using T = decltype(element);
-    walks_along(p) ? f(static_cast<Along<T>*>(nullptr)) : f(static_cast<Across<T>*>(nullptr));
-  });
-}
-
 }  // namespace
 
 void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
+  if (p.target_type == TargetType::kTeacher) {
+    map_divergence_gradient(p, plan, /*of_teacher=*/false, stream);
+    return;
+  }
   dispatch_walk(p, [&](auto* type) {
     using Walk = std::remove_pointer_t<decltype(type)>;
     Grid grid{blocks_for(p, plan), plan.threads};
@@ -252,6 +247,10 @@ void backward(const Problem& p, Stream stream) {
 void target_backward(const Problem& p, Stream stream) {
   find_divisor(p, stream);
   const Plan plan = plan_backward(p, current_device());
+  if (p.target_type == TargetType::kTeacher) {
+    map_divergence_gradient(p, plan, /*of_teacher=*/true, stream);
+    return;
+  }
   dispatch_walk(p, [&](auto* type) {
     launch(target_gradient<std::remove_pointer_t<decltype(type)>>, {blocks_for(p, plan), plan.threads}, stream, p,
            plan);

@@ -104,7 +104,7 @@ template <typename A, typename Any>
 CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target, A target_logit, Any any) {
   RowState<A>& state = state_of(any);
   const int64_t offset = row_offset(p, row, p.row_strides);
-  if (target.kept && target.index < 0 && p.target_type != TargetType::kProbabilities && p.bad_target) {
+  if (target.kept && target.index < 0 && has_indices(p) && p.bad_target) {
     report(p.bad_target, offset, index_of(p, row));
   }
   const auto write = [&](void* results, A value) {
@@ -116,7 +116,7 @@ CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target,
   write(p.sum, state.exps.sum);
   write(p.lse, state.exps.lse());
   write_stats(p, offset, target, target_logit, any);
-  if (p.target_type != TargetType::kProbabilities) {
+  if (has_indices(p)) {
     state.add(target.coefficient, target_logit);
   }
   write(p.loss, target.kept ? state.loss(A(p.z_loss)) : A(0));
@@ -291,13 +291,20 @@ void forward(const Problem& problem, const Plan& plan, Stream stream) {
     Problem p = problem;
     const bool grad_needs_a_pass = p.grad.data && plan.blocks > 1 && !plan.cluster;
     if (grad_needs_a_pass && !p.max) {
-      p.max = Workspace(p.workspace).template exps<Acc<T>>();
-      p.sum = static_cast<Acc<T>*>(p.max) + p.rows;
+      Acc<T>* rows = Workspace(p.workspace).template rows<Acc<T>>();
+      for (void** of_rows : {&p.max, &p.sum, &p.teacher_max, &p.teacher_sum, &p.mean}) {
+        *of_rows = rows;
+        rows += p.rows;
+      }
     }
     if (p.grad.data && p.divides_by_weight) {
       sum_rows(p, /*losses=*/false, stream);
     }
-    walks_along(p) ? launch_rows<Along<T>>(p, plan, stream) : launch_rows<Across<T>>(p, plan, stream);
+    if (p.target_type == TargetType::kTeacher) {
+      diverge(p, plan, stream);
+    } else {
+      walks_along(p) ? launch_rows<Along<T>>(p, plan, stream) : launch_rows<Across<T>>(p, plan, stream);
+    }
     if (grad_needs_a_pass) {
       map_gradient(p, plan_backward(p, current_device()), stream);
     }

@@ -70,6 +70,12 @@ Plan plan_threads(const Problem& p, const Device& device) {
 
 }  // namespace
 
+int64_t state_size(const Problem& p) {
+  return p.target_type == TargetType::kTeacher ? sizeof(RowDivergence<double>)
+         : has_stats(p)                        ? sizeof(RowStats<double>)
+                                               : sizeof(RowState<double>);
+}
+
 Plan plan_forward(const Problem& p, const Device& device) {
   Plan plan = plan_threads(p, device);
   const bool along = walks_along(p);
@@ -85,7 +91,7 @@ Plan plan_forward(const Problem& p, const Device& device) {
     const int64_t ranks = int64_t{plan.lanes} * plan.blocks;
     const int64_t kept = (pieces + ranks - 1) / ranks;
     const int64_t piece = along ? 16 : size_of(p.dtype);
-    const int64_t states = int64_t{plan.threads} * sizeof(RowState<double>);
+    const int64_t states = plan.threads * state_size(p);
     if (kept * piece * plan.threads + states <= device.shared_memory) {
       plan.kept = static_cast<int>(kept);
     }

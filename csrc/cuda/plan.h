@@ -31,6 +31,9 @@ inline bool walks_along(const Problem& p) {
   return p.logits.class_stride == 1;
 }
 
+// Bytes of what a thread has of a row, in the widest type.
+int64_t state_size(const Problem&);
+
 // For the forward pass, with or without the gradient in it, and for a pass that maps each logit to its gradient.
 Plan plan_forward(const Problem&, const Device&);
 Plan plan_backward(const Problem&, const Device&);
@@ -43,5 +46,8 @@ void backward(const Problem&, const Plan&, Stream);
 void sum_rows(const Problem&, bool losses, Stream);
 // The gradient of the logits, where the divisor is known.
 void map_gradient(const Problem&, const Plan&, Stream);
+// With a teacher: the rows of a forward pass, and the gradient of the logits or of the teacher's.
+void diverge(const Problem&, const Plan&, Stream);
+void map_divergence_gradient(const Problem&, const Plan&, bool of_teacher, Stream);
 
 }  // namespace ce::cuda

@@ -60,6 +60,15 @@ CE_DEVICE RowStats<A> sum_of_lanes(RowStats<A> stats, int width) {
   return stats;
 }
 
+template <bool kGeneral, typename A>
+CE_DEVICE RowDivergence<A> sum_of_lanes(RowDivergence<A> row, int width) {
+  row.raise(max_of_lanes(row.of.max, width), max_of_lanes(row.from.max, width));
+  row.of.sum = sum_of_lanes(row.of.sum, width);
+  row.from.sum = sum_of_lanes(row.from.sum, width);
+  row.cross = sum_of_lanes(row.cross, width);
+  return row;
+}
+
 // Shared memory that the reduction needs, in states.
 template <typename Walk>
 CE_HOST_DEVICE int shared_states(const Plan& plan) {

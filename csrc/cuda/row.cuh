@@ -133,6 +133,15 @@ class Across {
   int64_t stride_, pieces_;
 };
 
+// Calls f with the walk that the logits' layout asks for.
+template <typename F>
+void dispatch_walk(const Problem& p, F&& f) {
+  dispatch(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    walks_along(p) ? f(static_cast<Along<T>*>(nullptr)) : f(static_cast<Across<T>*>(nullptr));
+  });
+}
+
 // Calls f(c, piece) for this thread's part of a row, from class c on; first for its edges, whose pieces have one
 // element. `read(c, turn)` is how to get the whole pieces, the turn-th of this thread's;
 // `kBatch` of them are under way together.

@@ -22,7 +22,7 @@ CE_DEVICE RowSums sums_of(const Problem& p, int64_t row, bool losses, bool weigh
     const int64_t offset = p.row_weight.data ? row_offset(p, row, p.row_strides) : row;
     sums.loss = row_weight * static_cast<const A*>(p.loss)[offset];
   }
-  if (weights && p.target_type == TargetType::kProbabilities) {
+  if (weights && !has_indices(p)) {
     sums.weight = row_weight;
   } else if (weights) {
     const int64_t target = read_target(p, row);
@@ -141,7 +141,7 @@ void sum_rows(const Problem& p, bool losses, Stream stream) {
 }
 
 int64_t workspace_size(const Problem& p) {
-  return Workspace::kParts + kMaxParts * (has_stats(p) ? sizeof(RowStats<double>) : sizeof(RowState<double>));
+  return Workspace::kParts + kMaxParts * state_size(p);
 }
 
 }  // namespace ce::cuda

@@ -19,9 +19,9 @@ CE_DEVICE A class_weight(const Problem& p, int64_t c) {
   return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
 }
 
-// A row's index as it is, 0 for probabilities.
+// A row's index as it is, 0 where there are none.
 CE_DEVICE int64_t index_of(const Problem& p, int64_t row) {
-  return p.target_type == TargetType::kProbabilities ? 0 : read_target(p, row);
+  return has_indices(p) ? read_target(p, row) : 0;
 }
 
 template <typename A>
@@ -33,7 +33,7 @@ struct RowTarget {
   RowTarget() = default;
   // `value` is what index_of() has read.
   CE_DEVICE RowTarget(const Problem& p, int64_t value) : kept(true) {
-    if (p.target_type != TargetType::kProbabilities) {
+    if (has_indices(p)) {
       const Verdict verdict = judge(p, value);
       kept = verdict != Verdict::kIgnored;
       if (verdict == Verdict::kKept) {

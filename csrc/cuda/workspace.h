@@ -8,6 +8,7 @@
 namespace ce::cuda {
 
 constexpr int kSumBlocks = 128;     // that share a sum over rows
+constexpr int kRowValues = 5;       // max, sum, teacher_max, teacher_sum, mean
 constexpr int kMaxParts = 1 << 12;  // of rows that blocks share without a cluster, rows times blocks
 
 // What is summed over rows.
@@ -30,15 +31,15 @@ class Workspace {
   CE_HOST_DEVICE State* parts() const {
     return reinterpret_cast<State*>(data_ + kParts);
   }
-  // (rows) maxima and sums, for the gradient of rows that blocks share.
+  // (kRowValues, rows) of what the gradient of rows that blocks share is made from.
   template <typename A>
-  CE_HOST_DEVICE A* exps() const {
-    return reinterpret_cast<A*>(data_ + kExps);
+  CE_HOST_DEVICE A* rows() const {
+    return reinterpret_cast<A*>(data_ + kRows);
   }
 
   static constexpr int64_t kSums = 16;
-  static constexpr int64_t kExps = kSums + kSumBlocks * sizeof(RowSums);
-  static constexpr int64_t kParts = kExps + kMaxParts * sizeof(double);
+  static constexpr int64_t kRows = kSums + kSumBlocks * sizeof(RowSums);
+  static constexpr int64_t kParts = kRows + kMaxParts / 2 * kRowValues * sizeof(double);
 
  private:
   char* data_;

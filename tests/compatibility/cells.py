@@ -32,7 +32,7 @@ class Option:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     shape: tuple[int, ...] = (5, CLASSES)
     weighted: bool = False
-    soft: bool = False  # class probabilities, which have gradients, and so have their weights
+    soft: bool = False  # class probabilities or a teacher's logits, which have gradients, and so have their weights
     dtype: torch.dtype = torch.float64
     call: str = "cross_entropy"
 
@@ -57,6 +57,8 @@ class Option:
             return log_prob + entropy.square()
         if self.call == "CrossEntropyLoss":
             return cross_entropy.CrossEntropyLoss(weight, **self.options)(logits, target)
+        if self.call == "distillation_loss":
+            return cross_entropy.distillation_loss(logits, target, class_dim=1, **self.options)
         if self.call == "inplace":
             return cross_entropy.cross_entropy(logits * 1, target, weight, inplace=True, **self.options)
         options = self.options | ({"row_weight": row_weight(logits)} if self.call == "beyond torch" else {})
@@ -69,6 +71,9 @@ class Option:
             log_p = (self.options["logit_scale"] * logits).log_softmax(1)
             log_prob = log_p.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
             return log_prob.where(target != -100, 0) + (log_p.exp() * log_p).sum(1).square()
+        if self.call == "distillation_loss":
+            log_p, log_q = ((x / self.options["temperature"]).log_softmax(1) for x in (logits, target))
+            return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
         if self.call == "beyond torch":
             o = self.options
             z = o["softcap"] * (o["logit_scale"] / o["softcap"] * logits).tanh()
@@ -96,6 +101,7 @@ OPTIONS = {
         weighted=True,
         call="beyond torch",
     ),
+    "teacher": Option({"temperature": 2.0, "reverse": True}, soft=True, call="distillation_loss"),
     "inplace": Option(call="inplace"),
     "inplace, none": Option({"reduction": "none"}, call="inplace"),
 }

@@ -14,7 +14,7 @@ from tests.device import DEVICE
 from tests.observe import LogOperators
 
 mode = functools.partial(way, group="Modes and subclasses")
-FUNCTIONS = {"cross_entropy", "row_stats", "log_softmax"}
+FUNCTIONS = {"cross_entropy", "row_stats", "distillation_loss", "log_softmax"}
 
 
 def in_bfloat16(inputs: list[Any]) -> list[Any]:
@@ -73,7 +73,7 @@ def dispatch_mode(case: Case) -> Any:
 def flop_counter(case: Case) -> Any:
     """It counts matrix products; other operators by the formulas that it is given for them."""
     operators = torch.ops.cross_entropy
-    counted = [operators.forward, operators.forward_grad, operators.forward_grad_]
+    counted = [operators.forward, operators.forward_grad, operators.forward_grad_, operators.diverge]
     formulas = dict.fromkeys(counted, lambda logits, *args, **kwargs: 5 * torch.Size(logits).numel())
     formulas[operators.stats] = lambda outputs, logits, *args, **kwargs: 5 * torch.Size(logits).numel()
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:

@@ -21,8 +21,8 @@ def call_of(option: Option) -> str:
     given += ['outputs=("log_prob", "entropy")'] * (option.call == "outputs")
     given += ["row_weight=…"] * (option.call == "beyond torch")
     given += ["weight=…"] * option.weighted + ["inplace=True"] * (option.call == "inplace")
-    functions = {"CrossEntropyLoss": "CrossEntropyLoss", "row_stats": "row_stats", "outputs": "row_stats"}
-    function = functions.get(option.call, "cross_entropy")
+    functions = {"outputs": "row_stats", "beyond torch": "cross_entropy", "inplace": "cross_entropy"}
+    function = functions.get(option.call, option.call)
     if option.call == "CrossEntropyLoss":
         return f"`{function}({', '.join(given)})(…)`"
     return f"`{function}({', '.join(['…', *given])})`"
@@ -30,8 +30,9 @@ def call_of(option: Option) -> str:
 
 def describe(option: Option) -> str:
     shape = "(N, C, d)" if len(option.shape) > 2 else "(N, C)"
-    target = "probabilities" if option.soft else "indices"
-    return f"{call_of(option)} of {str(option.dtype).removeprefix('torch.')} {shape}, class {target}"
+    target = "class probabilities" if option.soft else "class indices"
+    target = "a teacher's logits" if option.call == "distillation_loss" else target
+    return f"{call_of(option)} of {str(option.dtype).removeprefix('torch.')} {shape}, {target}"
 
 
 def tables() -> str:

@@ -1,0 +1,156 @@
+"""The loss of a model that learns from another one's logits."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as _Reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from cross_entropy.functional import prepare_for
+from cross_entropy.options import Call, CallOptions, accumulator_of
+
+__all__ = ["distillation_loss"]
+
+# As the enumeration Divergence of csrc/ops.h.
+DIVERGENCES = {"cross_entropy": 1, "kl": 2}
+
+
+def _weight_of_rows(
+    input: Tensor, target: Tensor, ignore_index: int, row_weight: Tensor | None, class_dim: int
+) -> Tensor:
+    """The rows' weights, 0 where the target is to be ignored."""
+    classes = class_dim if input.dim() > 1 else 0
+    rows = input.shape[:classes] + (input.shape[classes + 1 :] if classes >= 0 else ())
+    if target.is_floating_point() or target.numel() != rows.numel():
+        raise ValueError(
+            f"distillation_loss: target must hold a class index for each row, of shape {list(rows)} or flat. "
+            f"Got: {target.dtype} of shape {list(target.shape)}"
+        )
+    kept = (target != ignore_index).reshape(rows).to(accumulator_of(input))
+    return kept if row_weight is None else kept * row_weight.reshape(rows)
+
+
+def distillation_loss(
+    input: Tensor,
+    teacher: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    divergence: Literal["kl", "cross_entropy"] = "kl",
+    reverse: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    inplace: bool = False,
+    class_dim: int = -1,
+    valid_classes: int | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""How far the softmax of each row of logits is from that of a teacher's logits.
+
+    With the input :math:`x`, the teacher's logits :math:`t` and a temperature :math:`T`, of
+    :math:`p = \mathrm{softmax}(x / T)` and :math:`q = \mathrm{softmax}(t / T)` a row's loss is
+
+    ======================  ===========================================  ===========================
+    ``divergence``          ``reverse=False``                            ``reverse=True``
+    ======================  ===========================================  ===========================
+    ``"kl"``                :math:`\sum_c q_c (\ln q_c - \ln p_c)`       :math:`\sum_c p_c (\ln p_c - \ln q_c)`
+    ``"cross_entropy"``     :math:`-\sum_c q_c \ln p_c`                  :math:`-\sum_c p_c \ln q_c`
+    ======================  ===========================================  ===========================
+
+    Both rows of logits are read once; neither softmax is written to memory. If only the input needs a gradient and the
+    reduction is ``"mean"`` or ``"sum"``, it is computed in the same pass (float16 excepted). The gradient shrinks with
+    :math:`1 / T^2` in the temperature; whoever wants it not to multiplies the loss by :math:`T^2`.
+
+    Args:
+        input: logits of shape (…, C) with the classes last, or with ``class_dim=1`` as torch has it, (N, C, …); dtypes
+            and layouts as in :func:`cross_entropy.cross_entropy`.
+        teacher: the teacher's logits, in the shape of the input. They may require a gradient.
+        target: class indices of the shape of the rows, or flat, of which only matters which are `ignore_index`: those
+            rows have no loss, no gradient and no part in the mean, and are not read.
+        temperature: :math:`T > 0`, of both.
+        divergence: see above.
+        reverse: see above.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by the number of rows, or by what `target` and
+            `row_weight` leave of them. It is what torch calls ``"batchmean"``.
+        softcap: :math:`k > 0`, for logits :math:`k \tanh(x / k)` in place of the input :math:`x`. The teacher's are
+            taken as they are.
+        z_loss: :math:`\zeta \ge 0`, which adds :math:`\zeta\,(\ln \sum_c e^{x_c / T})^2` to the loss of each row.
+        row_weight: of each row, as in :func:`cross_entropy.cross_entropy`. Rows of weight 0 are not read, unless it
+            requires a gradient.
+        inplace, class_dim, valid_classes, divisor, empty, loss_dtype: as in :func:`cross_entropy.cross_entropy`.
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor of the shape of the rows; in the input's dtype.
+
+    Raises:
+        ValueError: shapes that differ, an option out of its range, or one that contradicts another.
+
+    >>> distillation_loss(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 2.0, 3.5]]))
+    tensor(0.0243)
+    """
+    if has_torch_function_variadic(input, teacher, target):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            distillation_loss,
+            (input, teacher, target),
+            input,
+            teacher,
+            target,
+            temperature=temperature,
+            divergence=divergence,
+            reverse=reverse,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            inplace=inplace,
+            class_dim=class_dim,
+            valid_classes=valid_classes,
+            softcap=softcap,
+            z_loss=z_loss,
+            row_weight=row_weight,
+            divisor=divisor,
+            empty=empty,
+            loss_dtype=loss_dtype,
+        )
+    if type(input) is not Tensor:
+        prepare_for(input)
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"distillation_loss: divergence must be one of {', '.join(DIVERGENCES)}. Got: {divergence!r}")
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"distillation_loss: temperature must be a number, not {type(temperature).__name__}")
+    if not temperature > 0:
+        raise ValueError(f"distillation_loss: temperature must be positive. Got: {temperature}")
+    if class_dim not in (1, -1):
+        raise ValueError(f"distillation_loss: class_dim must be -1 or 1. Got: {class_dim}")
+    if teacher.shape != input.shape:
+        raise ValueError(
+            f"distillation_loss: teacher must have the shape of the input, {list(input.shape)}. "
+            f"Got: {list(teacher.shape)}"
+        )
+    if target is not None:
+        row_weight = _weight_of_rows(input, target, ignore_index, row_weight, class_dim)
+    options: CallOptions = {
+        "class_dim": None if class_dim == 1 else -1,
+        "valid_classes": valid_classes,
+        "logit_scale": 1.0 / temperature,
+        "softcap": softcap / temperature if isinstance(softcap, (int, float)) else softcap,
+        "z_loss": z_loss,
+        "row_weight": row_weight,
+        "divisor": divisor,
+        "empty": empty,
+        "loss_dtype": loss_dtype,
+    }
+    call = Call(
+        input,
+        teacher,
+        _Reduction.get_enum(reduction),
+        options,
+        divergence=DIVERGENCES[divergence],
+        reverse=reverse,
+        teacher_scale=1.0 / temperature,
+    )
+    return call.run(None, -100, 0.0, inplace)
