@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 SANITIZED := autograd cross_entropy distillation errors large_gradients options row_stats special_values
-OPERATORS := $(SANITIZED) torch_samples deferred_errors operators compatibility
+OPERATORS := $(SANITIZED) torch_samples deferred_errors operators parallel compatibility
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
 
 .PHONY: demo test check sanitize emulate gpu-check bench readme-figures compatibility resources clean

@@ -33,7 +33,7 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
         "forward": on_logits(lambda x: operators.loss(x, target, None, *options)),
         "forward with gradient": on_logits(lambda x: operators.forward_grad(x, target, None, *options)),
         "backward": on_logits(
-            lambda x: operators.backward(upstream, None, maximum, total, *[None] * 6, x, target, None, *options)
+            lambda x: operators.backward(upstream, None, maximum, total, *[None] * 7, x, target, None, *options)
         ),
         "torch forward": eager["forward"],
         "torch forward + backward": eager["both"],

@@ -30,6 +30,8 @@ def cross_entropy_with_options(
     divergence: int,
     reverse: bool,
     teacher_scale: float,
+    picked: Tensor | None,
+    spreads: bool,
 ) -> Tensor: ...
 def row_stats(
     logits: Tensor,

@@ -10,7 +10,9 @@ tensor(0.7437)
 tensor(-0.)
 """
 
-from cross_entropy.distillation import distillation_loss
+import torch
+
+from cross_entropy.distillation import distillation_loss, topk_distillation_loss
 from cross_entropy.functional import (
     RowStats,
     check_errors,
@@ -23,6 +25,9 @@ from cross_entropy.functional import (
 from cross_entropy.info import BuildInfo, __version__, build_info
 from cross_entropy.modules import CrossEntropyLoss
 
+if torch.distributed.is_available():
+    from cross_entropy import parallel
+
 __all__ = [
     "BuildInfo",
     "CrossEntropyLoss",
@@ -34,6 +39,8 @@ __all__ = [
     "distillation_loss",
     "entropy",
     "log_prob",
+    "parallel",
     "release_memory",
     "row_stats",
+    "topk_distillation_loss",
 ]

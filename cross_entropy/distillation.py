@@ -1,6 +1,6 @@
 """The loss of a model that learns from another one's logits."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from cross_entropy.functional import prepare_for
 from cross_entropy.options import Call, CallOptions, accumulator_of
 
-__all__ = ["distillation_loss"]
+__all__ = ["distillation_loss", "topk_distillation_loss"]
 
 # As the enumeration Divergence of csrc/ops.h.
 DIVERGENCES = {"cross_entropy": 1, "kl": 2}
@@ -29,6 +29,43 @@ def _weight_of_rows(
         )
     kept = (target != ignore_index).reshape(rows).to(accumulator_of(input))
     return kept if row_weight is None else kept * row_weight.reshape(rows)
+
+
+def _run(
+    input: Tensor,
+    teacher: Tensor,
+    of_rows: tuple[Tensor | None, int],
+    temperature: float,
+    reduction: str,
+    inplace: bool,
+    class_dim: int,
+    options: CallOptions,
+    teaching: dict[str, Any],
+) -> Tensor:
+    """What both losses do with their arguments; `of_rows` are target and ignore_index."""
+    if type(input) is not Tensor:
+        prepare_for(input)
+    divergence = teaching["divergence"]
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"distillation_loss: divergence must be one of {', '.join(DIVERGENCES)}. Got: {divergence!r}")
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"distillation_loss: temperature must be a number, not {type(temperature).__name__}")
+    if not temperature > 0:
+        raise ValueError(f"distillation_loss: temperature must be positive. Got: {temperature}")
+    if class_dim not in (1, -1):
+        raise ValueError(f"distillation_loss: class_dim must be -1 or 1. Got: {class_dim}")
+    target, ignore_index = of_rows
+    if target is not None:
+        options["row_weight"] = _weight_of_rows(input, target, ignore_index, options["row_weight"], class_dim)
+    softcap = options["softcap"]
+    options["class_dim"] = None if class_dim == 1 else -1
+    options["logit_scale"] = 1.0 / temperature
+    options["softcap"] = softcap / temperature if isinstance(softcap, (int, float)) else softcap
+    teaching |= {"divergence": DIVERGENCES[divergence]}
+    if "teacher_scale" in teaching:
+        teaching["teacher_scale"] = 1.0 / temperature
+    call = Call(input, teacher, _Reduction.get_enum(reduction), options, **teaching)
+    return call.run(None, -100, 0.0, inplace)
 
 
 def distillation_loss(
@@ -116,41 +153,109 @@ def distillation_loss(
             empty=empty,
             loss_dtype=loss_dtype,
         )
-    if type(input) is not Tensor:
-        prepare_for(input)
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"distillation_loss: divergence must be one of {', '.join(DIVERGENCES)}. Got: {divergence!r}")
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"distillation_loss: temperature must be a number, not {type(temperature).__name__}")
-    if not temperature > 0:
-        raise ValueError(f"distillation_loss: temperature must be positive. Got: {temperature}")
-    if class_dim not in (1, -1):
-        raise ValueError(f"distillation_loss: class_dim must be -1 or 1. Got: {class_dim}")
     if teacher.shape != input.shape:
         raise ValueError(
             f"distillation_loss: teacher must have the shape of the input, {list(input.shape)}. "
             f"Got: {list(teacher.shape)}"
         )
-    if target is not None:
-        row_weight = _weight_of_rows(input, target, ignore_index, row_weight, class_dim)
     options: CallOptions = {
-        "class_dim": None if class_dim == 1 else -1,
         "valid_classes": valid_classes,
-        "logit_scale": 1.0 / temperature,
-        "softcap": softcap / temperature if isinstance(softcap, (int, float)) else softcap,
+        "softcap": softcap,
         "z_loss": z_loss,
         "row_weight": row_weight,
         "divisor": divisor,
         "empty": empty,
         "loss_dtype": loss_dtype,
     }
-    call = Call(
-        input,
-        teacher,
-        _Reduction.get_enum(reduction),
-        options,
-        divergence=DIVERGENCES[divergence],
-        reverse=reverse,
-        teacher_scale=1.0 / temperature,
-    )
-    return call.run(None, -100, 0.0, inplace)
+    of_rows = target, ignore_index
+    teaching = {"divergence": divergence, "reverse": reverse, "teacher_scale": 1.0}
+    return _run(input, teacher, of_rows, temperature, reduction, inplace, class_dim, options, teaching)
+
+
+def topk_distillation_loss(
+    input: Tensor,
+    indices: Tensor,
+    probabilities: Tensor,
+    target: Tensor | None = None,
+    *,
+    rest: Literal["drop", "spread"] = "drop",
+    temperature: float = 1.0,
+    divergence: Literal["kl", "cross_entropy"] = "kl",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    inplace: bool = False,
+    class_dim: int = -1,
+    valid_classes: int | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    row_weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""The same from the top of a teacher's softmax: for each row the indices of k classes and their probabilities.
+
+    With :math:`p = \mathrm{softmax}(x / T)` of the input :math:`x` a row's loss is :math:`-\sum_c q_c \ln p_c`, and for
+    ``divergence="kl"`` that plus :math:`\sum_c q_c \ln q_c`. :math:`q` is as given at the k classes. What their
+    probabilities leave of 1 belongs to nobody, or with ``rest="spread"`` to the other classes, in equal parts.
+
+    The logits are read once, and the gradient is computed in the same pass, as in :func:`distillation_loss`.
+
+    Args:
+        input: logits of shape (…, C) with the classes last, or with ``class_dim=1`` as torch has it, (N, C, …).
+        indices: of shape (…, k), or with ``class_dim=1`` (N, k, …); int64 or int32. A class that a row names twice has
+            both probabilities.
+        probabilities: of the shape of the indices, in any floating point dtype, without a gradient; the teacher's own
+            temperature is in them.
+        rest: ``"drop"`` or ``"spread"``.
+        temperature: :math:`T > 0`.
+        divergence: ``"kl"`` or ``"cross_entropy"``, which have the same gradient.
+        target, ignore_index, reduction, inplace, class_dim: as in :func:`distillation_loss`, and so are all others.
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor of the shape of the rows; in the input's dtype.
+
+    Raises:
+        IndexError: an index is out of bounds. On CUDA it is raised later, see :func:`cross_entropy.check_errors`.
+        ValueError: shapes that do not fit, an option out of its range, or one that contradicts another.
+
+    >>> topk_distillation_loss(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2, 1]]), torch.tensor([[0.7, 0.3]]))
+    tensor(0.0967)
+    """
+    if has_torch_function_variadic(input, indices, probabilities, target):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            topk_distillation_loss,
+            (input, indices, probabilities, target),
+            input,
+            indices,
+            probabilities,
+            target,
+            rest=rest,
+            temperature=temperature,
+            divergence=divergence,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            inplace=inplace,
+            class_dim=class_dim,
+            valid_classes=valid_classes,
+            softcap=softcap,
+            z_loss=z_loss,
+            row_weight=row_weight,
+            divisor=divisor,
+            empty=empty,
+            loss_dtype=loss_dtype,
+        )
+    if rest not in ("drop", "spread"):
+        raise ValueError(f"topk_distillation_loss: rest must be 'drop' or 'spread'. Got: {rest!r}")
+    options: CallOptions = {
+        "valid_classes": valid_classes,
+        "softcap": softcap,
+        "z_loss": z_loss,
+        "row_weight": row_weight,
+        "divisor": divisor,
+        "empty": empty,
+        "loss_dtype": loss_dtype,
+    }
+    of_rows = target, ignore_index
+    teaching = {"divergence": divergence, "picked": probabilities, "spreads": rest == "spread"}
+    return _run(input, indices, of_rows, temperature, reduction, inplace, class_dim, options, teaching)

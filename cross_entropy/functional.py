@@ -97,13 +97,13 @@ def cross_entropy(
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor of the target's shape without classes; in the input's dtype.
+        DTensor logits, which may be sharded over rows, over classes or both, give a DTensor: where rows are sharded a
+        partial sum, or with ``reduction="none"`` sharded as the rows.
 
     Raises:
         IndexError: a class index is out of bounds. On CUDA it is raised later, see :func:`check_errors`.
         ValueError: an option out of its range, or one that contradicts another.
-        ValueError, RuntimeError, TypeError, NotImplementedError: as torch's function for the same mistake;
-            NotImplementedError for DTensor logits that are sharded over their classes. Sharded over rows, they give a
-            DTensor loss: a partial sum, or with ``reduction="none"`` sharded as the rows.
+        ValueError, RuntimeError, TypeError, NotImplementedError: as torch's function for the same mistake.
 
     >>> cross_entropy(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2]))
     tensor(0.4076)

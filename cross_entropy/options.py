@@ -122,6 +122,8 @@ class Call:
         divergence: int = 0,
         reverse: bool = False,
         teacher_scale: float = 1.0,
+        picked: Tensor | None = None,
+        spreads: bool = False,
     ) -> None:
         if unknown := given.keys() - DEFAULTS.keys():
             raise TypeError(f"cross_entropy() got an unexpected keyword argument '{min(unknown)}'")
@@ -130,7 +132,7 @@ class Call:
         # Where nothing depends on it, any target will do.
         classes = -1 if options["class_dim"] == -1 else min(1, input.dim() - 1)
         self.target = torch.zeros_like(input.select(classes, 0), dtype=torch.long) if target is None else target
-        self.row_weight = options["row_weight"]
+        self.row_weight, self.picked = options["row_weight"], picked
         self.is_flat = False
         if options["class_dim"] not in (None, -1):
             raise ValueError(f"cross_entropy: class_dim must be None or -1. Got: {options['class_dim']}")
@@ -162,13 +164,18 @@ class Call:
             "divergence": divergence,
             "reverse": reverse,
             "teacher_scale": teacher_scale,
+            "picked": self.picked,
+            "spreads": spreads,
         }
 
     def move_classes(self) -> None:
         """From the last dimension to where torch has them. Nothing is copied."""
         rows = self.input.shape[:-1]
         is_moved = self.input.dim() > 2
-        if self.target.shape == self.input.shape:
+        if self.picked is not None:
+            if is_moved and self.target.dim() == self.picked.dim() == self.input.dim():
+                self.target, self.picked = self.target.movedim(-1, 1), self.picked.movedim(-1, 1)
+        elif self.target.shape == self.input.shape:
             self.target = self.target.movedim(-1, 1) if is_moved else self.target
         elif self.target.dim() == 1 and len(rows) != 1:
             if self.target.numel() != rows.numel():

@@ -3,7 +3,7 @@
 Importing this module registers the rules. It is imported with the first DTensor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import _reduction as _Reduction
 
+from cross_entropy import parallel
 from cross_entropy.options import NONE, accumulator_of
+from cross_entropy.parallel import on_meta
 
 __all__: list[str] = []
 
@@ -23,13 +25,12 @@ MIXED = (
 )
 INPUTS = [argument.name for argument in OPERATORS.loss.default._schema.arguments]
 # What the backward operators take of each row, besides the gradient of its loss.
-BACKWARD_ROWS = [argument.name for argument in OPERATORS.backward.default._schema.arguments]
-BACKWARD_ROWS = BACKWARD_ROWS[1 : BACKWARD_ROWS.index("logits")]
+BACKWARD_INPUTS = [argument.name for argument in OPERATORS.backward.default._schema.arguments]
+BACKWARD_ROWS = BACKWARD_INPUTS[1 : BACKWARD_INPUTS.index("logits")]
+# What the forward pass of shards takes of the inputs.
+OF_ROWS = ["logits", "target", "weight", "ignore_index", "label_smoothing"]
+OF_ROWS += ["logit_scale_tensor", "z_loss", "softcap", "logit_scale"]
 Placements = list[Placement]
-
-
-def on_meta(value: Any) -> Any:
-    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
 
 
 class Sharding:
@@ -40,16 +41,17 @@ class Sharding:
         self.class_dim = min(1, logits.dim() - 1)
         self.logits: Placements = []
         self.rows: Placements = []
+        self.classes_on: int | None = None  # the mesh dimension over which the classes are sharded
         for mesh_dim, placement in enumerate(logits.placements):
             if placement.is_shard(self.class_dim):
-                names = self.mesh.mesh_dim_names
-                raise NotImplementedError(
-                    f"cross_entropy: the logits are sharded over their classes (dimension {self.class_dim}) on mesh "
-                    f"dimension {names[mesh_dim] if names else mesh_dim!r}. A loss that is parallel over the "
-                    "vocabulary is not implemented: every rank needs all classes of its rows. Redistribute the logits "
-                    "to Replicate() or to a Shard of their rows there."
-                )
-            if isinstance(placement, Shard):
+                if self.classes_on is not None:
+                    raise NotImplementedError(
+                        "cross_entropy: the logits are sharded over their classes on more than one mesh dimension"
+                    )
+                self.classes_on = mesh_dim
+                self.logits.append(placement)
+                self.rows.append(Replicate())
+            elif isinstance(placement, Shard):
                 self.logits.append(placement)
                 self.rows.append(Shard(placement.dim - (placement.dim > self.class_dim)))
             else:
@@ -57,6 +59,17 @@ class Sharding:
                 self.rows.append(Replicate())
         self.one: Placements = [Replicate()] * len(self.rows)  # of what every rank has whole
         self.total: Placements = [Partial() if p.is_shard() else p for p in self.rows]  # of a sum over the rows
+        self.total_of_all: Placements = [Partial() if p.is_shard() else p for p in self.logits]  # and the classes
+
+    def shard(self, columns: int, valid_classes: int | None) -> parallel.Shard | None:
+        """This rank's of the classes, which torch deals out as torch.chunk does."""
+        if self.classes_on is None:
+            return None
+        ranks = self.mesh.size(self.classes_on)
+        chunk = -(-columns // ranks)
+        sizes = [max(0, min(chunk, columns - rank * chunk)) for rank in range(ranks)]
+        rank = self.mesh.get_local_rank(self.classes_on)
+        return parallel.Shard.of(self.mesh.get_group(self.classes_on), rank, sizes, valid_classes)
 
     def local(self, tensor: Any, placements: Placements) -> Any:
         """What this rank needs of an operand."""
@@ -90,13 +103,21 @@ class Call:
         inputs = {name: given[name] for name in INPUTS}
         if "grad_loss" not in given:  # What is wrong with the shapes shows in those of the whole, and on all ranks.
             OPERATORS.loss(**{name: on_meta(value) for name, value in inputs.items()})
-        row_like = sharding.logits if target.shape == logits.shape else sharding.rows
-        placements = {"logits": sharding.logits, "target": row_like, "row_weight": sharding.rows}
+        has_classes = target.shape == logits.shape or given["picked"] is not None
+        row_like = sharding.logits if has_classes else sharding.rows
+        if given["divergence"]:
+            self.check_has_all_classes("a teacher")
+        placements = {"logits": sharding.logits, "target": row_like, "picked": row_like, "row_weight": sharding.rows}
         self.inputs = {
             name: sharding.local(value, placements.get(name, sharding.one)) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
         self.inputs["full_precision"] = True
+        self.shard = sharding.shard(logits.shape[sharding.class_dim], given["valid_classes"])
+        if self.shard:
+            for name in ("valid_classes", "first_class"):
+                del self.inputs[name]
+            self.inputs["all_classes"] = self.shard.total
         self.scale_is_distributed = isinstance(given["logit_scale_tensor"], DTensor)
         if self.reduction == MEAN and given["divisor"] is None and given["divisor_tensor"] is None:
             # Each rank's own divisor may be 0.
@@ -109,6 +130,38 @@ class Call:
         rows = {name: sharding.local(given.get(name), sharding.rows) for name in BACKWARD_ROWS}
         upstream = sharding.rows if self.reduction == NONE else sharding.one
         self.backward_inputs = {"grad_loss": sharding.local(given.get("grad_loss"), upstream), **rows}
+
+    # Where the classes are sharded.
+
+    def check_has_all_classes(self, what: str) -> None:
+        mesh_dim, names = self.sharding.classes_on, self.sharding.mesh.mesh_dim_names
+        if mesh_dim is not None:
+            raise NotImplementedError(
+                f"cross_entropy: the logits are sharded over their classes (dimension {self.sharding.class_dim}) on "
+                f"mesh dimension {names[mesh_dim] if names else mesh_dim!r}, and {what} needs all classes of its rows. "
+                "Redistribute the logits to Replicate() or to a Shard of their rows there."
+            )
+
+    def rows_of_shards(self, shard: parallel.Shard, all_rows: bool = False) -> tuple[Tensor, ...]:
+        return parallel.forward(shard, all_rows=all_rows, **{name: self.inputs[name] for name in OF_ROWS})
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        return OPERATORS.reduce(loss, **self.inputs)
+
+    def backward_of_shard(self, operator: Any, shard: parallel.Shard, rows: Sequence[Tensor]) -> Any:
+        grad_loss, grad_lse = self.backward_inputs["grad_loss"], self.backward_inputs["grad_lse"]
+        if grad_loss is None:
+            grad_loss = torch.ones_like(rows[0][:1].sum())
+        inputs = {name: value for name, value in self.inputs.items() if name != "all_classes"}
+        return parallel.backward(operator, shard, grad_loss, grad_lse, rows, **inputs)
+
+    # Wherever they are.
+
+    def backward(self, operator: Any) -> Any:
+        if self.shard:
+            _, *rows = self.rows_of_shards(self.shard, all_rows=self.backward_inputs["grad_lse"] is not None)
+            return self.backward_of_shard(operator, self.shard, rows)
+        return operator(**self.backward_inputs, **self.inputs)
 
     def whole_loss(self, loss: Tensor) -> DTensor:
         if self.reduction == NONE:
@@ -131,15 +184,23 @@ class Call:
 
 
 def loss(call: Call) -> DTensor:
+    if call.shard:
+        loss, *_ = call.rows_of_shards(call.shard)
+        return call.whole_loss(call.reduce(loss))
     return call.whole_loss(OPERATORS.loss(**call.inputs))
 
 
 def forward(call: Call) -> tuple[DTensor, ...]:
-    loss, *rows = OPERATORS.forward(**call.inputs)
+    if call.shard:
+        loss, top, total, _ = call.rows_of_shards(call.shard, all_rows=True)
+        loss, *rows = call.reduce(loss), top, total, top + total.log()
+    else:
+        loss, *rows = OPERATORS.forward(**call.inputs)
     return call.whole_loss(loss), *map(call.whole_rows, rows)
 
 
 def stats(call: Call) -> tuple[DTensor, ...]:
+    call.check_has_all_classes("row_stats(outputs=…)")
     loss, *rows = OPERATORS.stats(call.outputs, **call.inputs)
     one = call.sharding.one
     # What was not asked for has no elements, whatever the rows are.
@@ -154,36 +215,45 @@ def diverge(call: Call) -> tuple[DTensor, ...]:
 
 
 def forward_grad(call: Call) -> tuple[DTensor, DTensor]:
+    if call.shard:
+        loss, *rows = call.rows_of_shards(call.shard)
+        grad = call.backward_of_shard(OPERATORS.backward, call.shard, rows)
+        return call.whole_loss(call.reduce(loss)), call.whole_grad(grad)
     loss, grad = OPERATORS.forward_grad(**call.inputs)
     return call.whole_loss(loss), call.whole_grad(grad)
 
 
 def forward_grad_(call: Call) -> DTensor:
     call.check_overwritable()
+    if call.shard:
+        loss, *rows = call.rows_of_shards(call.shard)
+        call.backward_of_shard(OPERATORS.backward_, call.shard, rows)
+        return call.whole_loss(call.reduce(loss))
     return call.whole_loss(OPERATORS.forward_grad_(**call.inputs))
 
 
 def backward(call: Call) -> DTensor:
-    return call.whole_grad(OPERATORS.backward(**call.backward_inputs, **call.inputs))
+    return call.whole_grad(call.backward(OPERATORS.backward))
 
 
 def backward_(call: Call) -> None:
     call.check_overwritable()
-    OPERATORS.backward_(**call.backward_inputs, **call.inputs)
+    call.backward(OPERATORS.backward_)
 
 
 def target_backward(call: Call) -> DTensor:
-    return call.whole_grad(OPERATORS.target_backward(**call.backward_inputs, **call.inputs))
+    return call.whole_grad(call.backward(OPERATORS.target_backward))
 
 
 def weight_backward(call: Call) -> DTensor:
-    grad = OPERATORS.weight_backward(**call.backward_inputs, **call.inputs)
+    call.check_has_all_classes("the gradient of weight")
+    grad = call.backward(OPERATORS.weight_backward)
     return call.sharding.whole(grad, call.sharding.total, grad.shape, grad.stride())
 
 
 def logit_scale_backward(call: Call) -> Tensor:
-    grad = OPERATORS.logit_scale_backward(**call.backward_inputs, **call.inputs)
-    whole = call.sharding.whole(grad, call.sharding.total, grad.shape, ())
+    grad = call.backward(OPERATORS.logit_scale_backward)
+    whole = call.sharding.whole(grad, call.sharding.total_of_all, grad.shape, ())
     return whole if call.scale_is_distributed else whole.full_tensor()
 
 

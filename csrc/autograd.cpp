@@ -81,7 +81,7 @@ bool is_transformed(const OptionalTensor& tensor) {
 }
 bool is_transformed(const Inputs& in) {
   return is_transformed(in.logits) || is_transformed(in.target) || is_transformed(in.weight) ||
-         is_transformed(in.row_weight) || is_transformed(in.logit_scale);
+         is_transformed(in.row_weight) || is_transformed(in.logit_scale) || is_transformed(in.picked);
 }
 
 // Not where only the factor is batched, a subclass, or has a tangent.
@@ -101,9 +101,9 @@ OptionalTensor if_defined(Tensor tensor) {
 struct SavedInputs {
   Options options{};
   bool is_plain = true;
-  SavedVariable logits, target, weight, row_weight, logit_scale, divisor;
+  SavedVariable logits, target, weight, row_weight, logit_scale, divisor, picked;
 
-  auto variables() { return std::array{&logits, &target, &weight, &row_weight, &logit_scale, &divisor}; }
+  auto variables() { return std::array{&logits, &target, &weight, &row_weight, &logit_scale, &divisor, &picked}; }
 
   void save(const Inputs& in) {
     options = in.options;
@@ -115,6 +115,7 @@ struct SavedInputs {
       row_weight = SavedVariable(or_undefined(in.row_weight), false);
       logit_scale = SavedVariable(or_undefined(in.logit_scale), false);
       divisor = SavedVariable(or_undefined(in.divisor), false);
+      picked = SavedVariable(or_undefined(in.picked), false);
     }
   }
 };
@@ -122,7 +123,7 @@ struct SavedInputs {
 struct UnpackedInputs {
   Options options;
   Tensor logits, target;
-  OptionalTensor weight, row_weight, logit_scale, divisor;
+  OptionalTensor weight, row_weight, logit_scale, divisor, picked;
 
   explicit UnpackedInputs(const SavedInputs& saved)
       : options(saved.options),
@@ -131,9 +132,10 @@ struct UnpackedInputs {
         weight(if_defined(saved.weight.unpack())),
         row_weight(if_defined(saved.row_weight.unpack())),
         logit_scale(if_defined(saved.logit_scale.unpack())),
-        divisor(if_defined(saved.divisor.unpack())) {}
+        divisor(if_defined(saved.divisor.unpack())),
+        picked(if_defined(saved.picked.unpack())) {}
 
-  Inputs inputs() const { return {logits, target, weight, options, row_weight, logit_scale, divisor}; }
+  Inputs inputs() const { return {logits, target, weight, options, row_weight, logit_scale, divisor, picked}; }
 };
 
 // Of the gradient of the logits.
@@ -185,6 +187,7 @@ Tensor with_graph(Tensor grad, const Tensor& grad_loss, const OptionalTensor& gr
 
 // The gradients of `wanted` by torch's own derivatives of the formulas, with a graph; undefined where there is none.
 variable_list differentiate(const Inputs& in, const BackwardInputs& b, const variable_list& wanted) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!in.is_shard(), "cross_entropy: the gradient of a shard of the classes has no gradient");
   const at::AutoGradMode grad_mode(true);
   variable_list results, grads;
   const auto add = [&](const Tensor& result, const OptionalTensor& grad) {
@@ -269,6 +272,7 @@ struct LossBackward : Node {
     args.collect(options.divergence);
     args.collect(options.reverse);
     args.collect(options.teacher_scale);
+    args.collect(options.spreads);
     args.collect(overwrites_logits);
     const_cast<LossBackward*>(this)->for_each_variable(
         [&](SavedVariable& variable) { args.collect(variable, /*is_output=*/false); });
@@ -311,7 +315,7 @@ struct LossBackward : Node {
     const bool is_differentiated = create_graph || has_tangent(grad_loss) || has_tangent(grad_lse) ||
                                    has_tangent(grad_log_prob) || has_tangent(grad_entropy);
     if ((is_differentiated && (!in.is_plain() || grad_log_prob || grad_entropy)) ||
-        (in.has_teacher() && task_should_compute_output(kLogitScale))) {
+        ((in.has_teacher() || in.picked) && task_should_compute_output(kLogitScale))) {
       return differentiable_gradients(in, {grad_loss, grad_lse, row_max, row_sum, grad_log_prob, grad_entropy});
     }
     Tensor row_teacher_max = teacher_max.unpack(), row_teacher_sum = teacher_sum.unpack(), row_mean = mean.unpack();
@@ -723,7 +727,7 @@ std::tuple<Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor&
 TORCH_LIBRARY_IMPL(cross_entropy, Autograd, m) {
   m.impl("loss", &unpacked<&loss_autograd>);
   m.impl("forward", &unpacked<&forward_autograd>);
-  m.impl("stats", &unpacked_stats<&stats_autograd>);
+  m.impl("stats", &unpacked_after<int64_t, &stats_autograd>);
   m.impl("diverge", &unpacked<&diverge_autograd>);
   m.impl("forward_grad", &unpacked<&forward_grad_autograd>);
   m.impl("backward", &unpacked_backward<&backward_autograd>);

@@ -47,7 +47,7 @@ NewGrad HostBackend::empty_grad(const at::Tensor& like) {
 
 void HostBackend::prepare(Problem& problem, const Inputs& in) {
   const bool by_weight = divides_by_weight(problem, in);
-  if (has_indices(problem) || by_weight) {
+  if (has_indices(problem) || problem.picks > 0 || by_weight) {
     const TargetSummary summary = cpu::summarize_targets(problem);
     TORCH_CHECK_INDEX(summary.bad_row < 0, "Target ", summary.bad_target, " is out of bounds.");
     if (by_weight) {
@@ -91,6 +91,10 @@ void HostBackend::weight_backward(Problem& problem) {
 
 void HostBackend::logit_scale_backward(Problem& problem) {
   cpu::logit_scale_backward(problem);
+}
+
+void HostBackend::merge_shards(const Shards& shards) {
+  cpu::merge_shards(shards);
 }
 
 void HostBackend::scale(const at::Tensor& grad, const at::Tensor& factor) {
@@ -173,6 +177,12 @@ void DeviceBackend::logit_scale_backward(Problem& problem) {
   const at::Tensor sums = at::empty({cuda::logit_scale_backward_sums()}, options_.dtype(at::kDouble));
   problem.partial_sums = sums.data_ptr<double>();
   cuda::logit_scale_backward(problem, stream_);
+}
+
+void DeviceBackend::merge_shards(const Shards& shards) {
+  if (shards.rows > 0) {
+    cuda::merge_shards(shards, stream_);
+  }
 }
 
 void DeviceBackend::scale(const at::Tensor& grad, const at::Tensor& factor) {

@@ -30,6 +30,7 @@ class HostBackend {
   void target_backward(Problem&);
   void weight_backward(Problem&);
   void logit_scale_backward(Problem&);
+  void merge_shards(const Shards&);
   void scale(const at::Tensor& grad, const at::Tensor& factor);
 };
 
@@ -50,6 +51,7 @@ class DeviceBackend {
   void target_backward(Problem&);
   void weight_backward(Problem&);
   void logit_scale_backward(Problem&);
+  void merge_shards(const Shards&);
   void scale(const at::Tensor& grad, const at::Tensor& factor);
 
  private:

@@ -218,7 +218,7 @@ TORCH_LIBRARY_IMPL(cross_entropy, FuncTorchBatched, m) {
   m.impl("loss", &unpacked<&loss_batched>);
   m.impl("cross_entropy_", &unpacked<&loss_batched_>);
   m.impl("forward", &unpacked<&forward_batched>);
-  m.impl("stats", &unpacked_stats<&stats_batched>);
+  m.impl("stats", &unpacked_after<int64_t, &stats_batched>);
   m.impl("diverge", &unpacked<&diverge_batched>);
   m.impl("forward_grad", &unpacked<&forward_grad_batched>);
   m.impl("backward", &unpacked_backward<&backward_batched>);

@@ -8,6 +8,8 @@
 namespace ce {
 namespace {
 
+constexpr int64_t kMostPicks = 1 << 16;  // see picks.h
+
 void check_weight(const Inputs& in, const char* who) {
   const at::Tensor& weight = *in.weight;
   const auto& classes = in.logits.sym_size(class_dim(in.logits));
@@ -56,6 +58,14 @@ void check_options(const Inputs& in) {
   }
 }
 
+void check_shard(const Inputs& in) {
+  const auto& o = in.options;
+  const c10::SymInt own = o.valid_classes.value_or(in.logits.sym_size(class_dim(in.logits)));
+  TORCH_CHECK_VALUE(o.first_class >= 0 && own + o.first_class <= *o.all_classes, "cross_entropy: ", own,
+                    " classes from class ", o.first_class, " on are no shard of ", *o.all_classes);
+  TORCH_CHECK_VALUE(o.reduction == at::Reduction::None, "cross_entropy: a shard of the classes has no reduction");
+}
+
 void check_teacher(const Inputs& in) {
   const auto& o = in.options;
   TORCH_CHECK_VALUE(o.divergence == kCrossEntropy || o.divergence == kKullbackLeibler, o.divergence,
@@ -64,6 +74,34 @@ void check_teacher(const Inputs& in) {
                     in.logits.sym_sizes(), ". Got: ", in.target.sym_sizes());
   TORCH_CHECK_VALUE(!in.weight && o.label_smoothing == 0,
                     "cross_entropy: a divergence from a teacher has no class weights and no label smoothing");
+}
+
+void check_picks(const Inputs& in) {
+  const auto dim = class_dim(in.logits);
+  const auto& picked = *in.picked;
+  const auto& type = in.target.scalar_type();
+  TORCH_CHECK_VALUE(type == at::kLong || type == at::kInt,
+                    "cross_entropy: the picked classes must be int64 or int32. Got: ", type);
+  c10::SymDimVector rows(in.logits.sym_sizes().begin(), in.logits.sym_sizes().end());
+  c10::SymDimVector rows_of_target(in.target.sym_sizes().begin(), in.target.sym_sizes().end());
+  TORCH_CHECK_VALUE(
+      in.target.dim() == in.logits.dim(),
+      "cross_entropy: the picked classes must be of as many dimensions as the logits. Got: ", in.target.sym_sizes());
+  const c10::SymInt classes = in.options.valid_classes.value_or(rows[dim]), picks = rows_of_target[dim];
+  rows.erase(rows.begin() + dim);
+  rows_of_target.erase(rows_of_target.begin() + dim);
+  TORCH_CHECK_VALUE(rows == rows_of_target, "cross_entropy: the picked classes must be of the logits' rows, ",
+                    c10::SymIntArrayRef(rows), ". Got: ", c10::SymIntArrayRef(rows_of_target));
+  TORCH_CHECK_VALUE(picks >= 1 && picks <= classes && picks <= kMostPicks, "cross_entropy: of ", classes,
+                    " classes a row can pick 1 to ", classes.min(kMostPicks), ". Got: ", picks);
+  TORCH_CHECK_VALUE(picked.is_floating_point() && picked.sym_sizes() == in.target.sym_sizes(),
+                    "cross_entropy: probabilities must be a floating point tensor of the picked classes' shape ",
+                    in.target.sym_sizes(), ". Got: ", picked.scalar_type(), " of shape ", picked.sym_sizes());
+  TORCH_CHECK(picked.device() == in.logits.device(), "cross_entropy: probabilities must be on ", in.logits.device(),
+              ". Got: ", picked.device());
+  TORCH_CHECK_NOT_IMPLEMENTED(!picked.requires_grad(), "cross_entropy: picked probabilities have no gradient");
+  TORCH_CHECK_VALUE(!in.weight && in.options.label_smoothing == 0 && !in.is_shard(),
+                    "cross_entropy: picked classes have no class weights, no label smoothing and no shards");
 }
 
 void check_index_shapes(const at::Tensor& logits, const at::Tensor& target) {
@@ -90,7 +128,9 @@ void check_index_shapes(const at::Tensor& logits, const at::Tensor& target) {
 }  // namespace
 
 void check(const Inputs& in) {
-  const auto& [logits, target, weight, options, row_weight, logit_scale, divisor] = in;
+  const at::Tensor &logits = in.logits, &target = in.target;
+  const OptionalTensor& weight = in.weight;
+  const Options& options = in.options;
   const int64_t reduction = options.reduction;
   const double label_smoothing = options.label_smoothing;
   const bool has_weight = weight && weight->defined();
@@ -119,12 +159,19 @@ void check(const Inputs& in) {
   if (in.has_teacher()) {
     check_teacher(in);
   }
+  if (in.is_shard()) {
+    check_shard(in);
+  }
 
   if (probabilities) {
     TORCH_CHECK(target.scalar_type() == type, "expected scalar type ", type, " but found ", target.scalar_type());
     if (has_weight) {
       check_weight(in, "cross_entropy: ");
     }
+    return;
+  }
+  if (in.picked) {
+    check_picks(in);
     return;
   }
   check_index_shapes(logits, target);

@@ -12,7 +12,11 @@ inline bool is_probabilities(const at::Tensor& logits, const at::Tensor& target)
   return logits.sym_sizes() == target.sym_sizes();
 }
 inline bool is_probabilities(const Inputs& in) {
-  return is_probabilities(in.logits, in.target);
+  return !in.picked && is_probabilities(in.logits, in.target);
+}
+// Whether the target is a class index of each row.
+inline bool is_index(const Inputs& in) {
+  return !in.picked && !is_probabilities(in.logits, in.target);
 }
 
 // The dimension of the classes.

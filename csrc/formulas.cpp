@@ -48,7 +48,8 @@ Tensor is_ignored(const Inputs& in) {
 
 // 0 in ignored rows, and a class in those that are out of bounds: a kernel of this project reports them.
 Tensor index_of(const Inputs& in) {
-  return in.target.to(at::kLong).masked_fill(is_ignored(in), 0).clamp(0, classes_of(in) - 1);
+  const c10::SymInt classes = in.options.all_classes ? c10::SymInt(*in.options.all_classes) : classes_of(in);
+  return in.target.to(at::kLong).masked_fill(is_ignored(in), 0).clamp(0, classes - 1);
 }
 
 Tensor row_weight_of(const Inputs& in) {
@@ -85,6 +86,7 @@ struct Operands {
   double keep, uniform;
 
   explicit Operands(const Inputs& in) : dim(class_dim(in.logits)) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!in.is_shard(), "cross_entropy: a shard of the classes has kernels only");
     const auto acc = accumulator_of(in.logits.scalar_type());
     const auto smoothing =
         make_smoothing<double>(in.options.label_smoothing, classes_of(in).guard_int(__FILE__, __LINE__));
@@ -145,7 +147,7 @@ Tensor divisor(const Inputs& in) {
     return in.divisor ? by * in.divisor->to(acc) : by;
   }
   Tensor of_rows;
-  if (!is_probabilities(in)) {
+  if (is_index(in)) {
     of_rows = is_ignored(in).logical_not().to(acc.dtype());
     if (in.weight && in.weight->defined()) {
       of_rows = at::index(in.weight->to(acc.dtype()), {index_of(in)}) * of_rows;
@@ -164,7 +166,8 @@ Tensor reduce(const Tensor& rows, const Inputs& in) {
   const OptionalTensor weight = in.row_weight ? OptionalTensor(row_weight_of(in)) : std::nullopt;
   Tensor result = weight ? rows * *weight : rows;
   if (in.options.reduction != at::Reduction::None) {
-    const Tensor by = divisor({in.logits, in.target, in.weight, in.options, weight, in.logit_scale, in.divisor});
+    const Tensor by =
+        divisor({in.logits, in.target, in.weight, in.options, weight, in.logit_scale, in.divisor, in.picked});
     result = by.defined() ? result.sum() / by : result.sum();
   }
   return result.to(loss_dtype(in));
@@ -180,7 +183,33 @@ Tensor upstream_of_rows(const Tensor& grad_loss, const Inputs& in) {
   return in.row_weight ? g * row_weight_of(in) : g;
 }
 
+// Of classes that are picked, as row_picks.h has it.
+Tensor loss_of_picks(const Inputs& in) {
+  const auto acc = accumulator_of(in.logits.scalar_type());
+  const int64_t dim = class_dim(in.logits);
+  const Tensor z = transformed(valid(in.logits, dim, in).to(acc), in);
+  const Tensor q = in.picked->to(acc), index = in.target.to(at::kLong).clamp(0, z.sym_size(dim) - 1);
+  const Tensor distances = at::logsumexp(z, dim, /*keepdim=*/true) - z;
+  const c10::SymInt others = z.sym_size(dim) - index.sym_size(dim);
+  Tensor rows = distances.gather(dim, index), background;
+  if (in.options.spreads && others > 0) {
+    background = (1 - q.sum(dim, true)).clamp_min(0) / at::Scalar(others);
+    rows = ((q - background) * rows).sum(dim) + (background * distances).sum(dim);
+  } else {
+    rows = (q * rows).sum(dim);
+  }
+  if (in.options.divergence == kKullbackLeibler) {
+    rows = rows + at::xlogy(q, q).sum(dim);
+    rows = background.defined() ? rows + (at::xlogy(background, background) * at::Scalar(others)).squeeze(dim) : rows;
+  }
+  return in.options.z_loss == 0 ? reduce(rows, in)
+                                : reduce(rows + in.options.z_loss * at::logsumexp(z, dim).square(), in);
+}
+
 Tensor loss(const Inputs& in) {
+  if (in.picked) {
+    return loss_of_picks(in);
+  }
   if (in.has_teacher()) {
     return std::get<0>(diverge(in));
   }

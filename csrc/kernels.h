@@ -61,6 +61,13 @@ struct Problem {
 
   Input logits;                  // (rows, classes)
   Input target;                  // (rows) indices, or (rows, classes) probabilities or logits of a teacher
+  int64_t picks = 0;             // > 0: `target` is (rows, picks) indices, with
+  Input probabilities;           // (rows, picks), acc
+  bool spreads = false;          // the rest of their mass over the other classes
+  void* picked_rows = nullptr;   // (rows) PickedRow, and
+  void* picked = nullptr;        // (rows, 2, picks), acc: memory for the kernels' own use, see picks.h
+  int64_t first_class = 0;       // of all classes, whose indices targets are; the others are other shards' logits
+  int64_t all_classes = 0;       // 0: there are no others
   const void* weight = nullptr;  // (classes), acc
   int64_t ignore_index = -100;
   double label_smoothing = 0;
@@ -73,7 +80,7 @@ struct Problem {
   bool zero_if_empty = false;      // a sum of weights of 0 makes them 0, not NaN
   double teacher_scale = 1;        // of a teacher's logits
   bool reverse = false;            // the divergence is of the teacher's softmax from the logits', or reverse
-  double kappa = 1;                // of row_divergence.h
+  double kappa = 1;                // of row_divergence.h; of picks 1: the divergence, 0: the cross-entropy
 
   int64_t row_strides[kMaxDims] = {};  // of loss, max, sum and lse
   void* loss = nullptr;                // (rows), acc
@@ -87,6 +94,8 @@ struct Problem {
   void* teacher_max = nullptr;         // (rows), acc: as max, of a teacher's logits
   void* teacher_sum = nullptr;         // (rows), acc
   void* mean = nullptr;                // (rows), acc: M of row_divergence.h; all three are inputs of backward kernels
+  void* linear = nullptr;              // (rows), acc: RowState::linear, for other shards to be merged with
+  void* coefficients = nullptr;        // (rows), acc: Σ a_c; an input of backward(), which else finds it
   void* total = nullptr;               // (), Σ loss / divisor; needs `loss`
   DType total_type = DType::kFloat32;  // CPU: acc
 
@@ -101,6 +110,19 @@ struct Problem {
   void* workspace = nullptr;        // CUDA: memory of the device for the kernels' own use, see workspace_size()
   double* partial_sums = nullptr;   // CUDA: the same, see weight_backward_sums()
   BadTarget* bad_target = nullptr;  // CUDA: where kernels report a target that is out of bounds
+};
+
+// The rows of logits whose classes lie in shards, each of which has been a problem of its own.
+struct Shards {
+  bool is_double = false;  // acc
+  int64_t rows = 0;
+  int64_t shards = 0;
+  double z_loss = 0;
+  const void* states = nullptr;  // (shards, 4, rows), acc: max, sum, linear, coefficients
+  void* loss = nullptr;          // (rows), acc, as all that follow: of all classes
+  void* max = nullptr;
+  void* sum = nullptr;
+  void* coefficients = nullptr;
 };
 
 // What the targets tell before any logit is read.
@@ -124,6 +146,8 @@ void target_backward(const Problem&);
 void weight_backward(const Problem&);
 // The gradient of the logits' scale, () of acc, written to `grad`.
 void logit_scale_backward(const Problem&);
+// The results of rows from those of their shards.
+void merge_shards(const Shards&);
 // Multiplies `count` dense elements of type `dtype` by *factor (acc); does nothing where it is 1.
 void scale(DType dtype, void* data, int64_t count, const void* factor);
 
@@ -146,6 +170,7 @@ void backward(const Problem&, Stream);
 void target_backward(const Problem&, Stream);
 void weight_backward(const Problem&, Stream);
 void logit_scale_backward(const Problem&, Stream);
+void merge_shards(const Shards&, Stream);
 void scale(DType dtype, void* data, int64_t count, const void* factor, DType factor_type, Stream);
 
 // The record that kernels on `device` report to, in memory that the host reads too.

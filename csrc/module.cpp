@@ -91,20 +91,22 @@ at::Tensor cross_entropy_with_options(py::handle input, py::handle target, py::h
                                       py::handle divisor_tensor, double z_loss, std::optional<double> softcap,
                                       double logit_scale, std::optional<double> divisor,
                                       std::optional<int64_t> valid_classes, bool zero_if_empty, int64_t divergence,
-                                      bool reverse, double teacher_scale) {
+                                      bool reverse, double teacher_scale, py::handle picked, bool spreads) {
   HANDLE_TH_ERRORS
   const Arguments a(input, target, weight, ignore_index, label_smoothing);
   const ce::OptionalTensor of_rows = optional_tensor(row_weight, "row_weight", 7);
   const ce::OptionalTensor scale = optional_tensor(logit_scale_tensor, "logit_scale", 8);
   const ce::OptionalTensor by = optional_tensor(divisor_tensor, "divisor", 9);
+  const ce::OptionalTensor of_picks = optional_tensor(picked, "probabilities", 10);
   return loss({a.logits,
                a.target,
                a.weight,
                {reduction, a.ignore_index, a.label_smoothing, full_precision, z_loss, softcap, logit_scale, divisor,
-                valid_classes, zero_if_empty, divergence, reverse, teacher_scale},
+                valid_classes, zero_if_empty, divergence, reverse, teacher_scale, 0, std::nullopt, spreads},
                of_rows,
                scale,
-               by},
+               by,
+               of_picks},
               inplace);
   END_HANDLE_TH_ERRORS_PYBIND
 }

@@ -65,8 +65,7 @@ CE_HOST_DEVICE int64_t row_offset(const Problem& p, int64_t row, const int64_t (
   return offset + row * strides[0];
 }
 
-CE_HOST_DEVICE int64_t read_target(const Problem& p, int64_t row) {
-  const int64_t offset = row_offset(p, row, p.target.strides);
+CE_HOST_DEVICE int64_t read_index(const Problem& p, int64_t offset) {
   switch (p.target_type) {
     case TargetType::kInt32:
       return static_cast<const int32_t*>(p.target.data)[offset];
@@ -77,9 +76,27 @@ CE_HOST_DEVICE int64_t read_target(const Problem& p, int64_t row) {
   }
 }
 
+CE_HOST_DEVICE int64_t read_target(const Problem& p, int64_t row) {
+  return read_index(p, row_offset(p, row, p.target.strides));
+}
+
+CE_HOST_DEVICE int64_t all_classes(const Problem& p) {
+  return p.all_classes > 0 ? p.all_classes : p.classes;
+}
+
+CE_HOST_DEVICE bool is_out_of_bounds(const Problem& p, int64_t target) {
+  return target < 0 || target >= all_classes(p);
+}
+
+// Which of the problem's classes a target within bounds names; −1: another shard's.
+CE_HOST_DEVICE int64_t own_class(const Problem& p, int64_t target) {
+  const int64_t c = target - p.first_class;
+  return c >= 0 && c < p.classes ? c : -1;
+}
+
 template <typename A>
 CE_HOST_DEVICE Smoothing<A> smoothing_of(const Problem& p) {
-  return make_smoothing<A>(p.label_smoothing, p.classes);
+  return p.picks > 0 ? Smoothing<A>{1, A(p.spreads)} : make_smoothing<A>(p.label_smoothing, all_classes(p));
 }
 
 template <typename A>
@@ -113,7 +130,7 @@ CE_HOST_DEVICE A row_value(const Problem& p, const Input& operand, int64_t row, 
   return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : otherwise;
 }
 
-// Whether a row with a teacher is read: one without weight has no loss, whatever its logits are.
+// Whether a row with a teacher or picks is read: one without weight has no loss, whatever its logits are.
 template <typename A>
 CE_HOST_DEVICE bool counts(const Problem& p, int64_t row) {
   return row_value<A>(p, p.row_weight, row, 1) != 0;
@@ -152,14 +169,14 @@ CE_HOST_DEVICE A order_of_logits(const Problem& p) {
   return A(scale > 0) - A(scale < 0);
 }
 
-// Whether targets are indices of classes.
+// Whether targets are indices of classes, one of each row.
 CE_HOST_DEVICE bool has_indices(const Problem& p) {
-  return p.target_type < TargetType::kProbabilities;
+  return p.target_type < TargetType::kProbabilities && p.picks == 0;
 }
 
 // Whether classes other than an index target have coefficients.
 CE_HOST_DEVICE bool has_coefficients(const Problem& p) {
-  return p.target_type == TargetType::kProbabilities || p.label_smoothing > 0;
+  return p.target_type == TargetType::kProbabilities || p.label_smoothing > 0 || (p.picks > 0 && p.spreads);
 }
 
 }  // namespace ce

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/stack.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
@@ -21,8 +22,9 @@ namespace {
 using at::ScalarType;
 using at::Tensor;
 
-void check_no_teacher(const Inputs& in) {
+void check_is_whole(const Inputs& in) {
   TORCH_CHECK_VALUE(!in.has_teacher(), "cross_entropy: with a teacher there is only the loss");
+  TORCH_CHECK_VALUE(!in.is_shard(), "cross_entropy: a shard of the classes has no loss of its own");
 }
 
 // The kernels of the operators, for any backend of backends.h.
@@ -60,7 +62,7 @@ struct Kernels {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Inputs& in) {
     check(in);
-    check_no_teacher(in);
+    check_is_whole(in);
     Backend backend(in.logits);
     ProblemBuilder builder(in);
     Tensor max = builder.add_row_result(&Problem::max);
@@ -77,7 +79,8 @@ struct Kernels {
 
   static Stats stats(int64_t outputs, const Inputs& in) {
     check(in);
-    check_no_teacher(in);
+    check_is_whole(in);
+    TORCH_CHECK_VALUE(!in.picked, "cross_entropy: with picked classes there is only the loss");
     Backend backend(in.logits);
     ProblemBuilder builder(in);
     const auto if_asked = [&](Outputs output, auto Problem::* result, ScalarType dtype) {
@@ -101,6 +104,34 @@ struct Kernels {
       }
     }
     return {loss, max, sum, lse, log_prob, entropy, argmax, rank};
+  }
+
+  static Tensor shard_state(bool all_rows, const Inputs& in) {
+    check(in);
+    Backend backend(in.logits);
+    ProblemBuilder builder(in);
+    const Tensor loss = builder.add_row_result(&Problem::loss);
+    const Tensor max = builder.add_row_result(&Problem::max), sum = builder.add_row_result(&Problem::sum);
+    const Tensor linear = builder.add_row_result(&Problem::linear);
+    const Tensor coefficients = builder.add_row_result(&Problem::coefficients);
+    const Tensor lse = all_rows ? builder.add_row_result(&Problem::lse) : Tensor();  // for which ignored rows are read
+    Problem& problem = builder.problem();
+    backend.prepare(problem, in);
+    if (!builder.is_empty()) {
+      backend.forward(problem);
+    }
+    return at::stack({max, sum, linear, coefficients});
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_shards(const Tensor& given, double z_loss) {
+    const Tensor states = given.contiguous();
+    TORCH_CHECK_VALUE(states.dim() >= 2 && states.size(1) == 4, "cross_entropy: states are of shape (shards, 4, rows)");
+    const auto rows = [&] { return at::empty(states.sizes().slice(2), states.options()); };
+    const Tensor loss = rows(), max = rows(), sum = rows(), coefficients = rows();
+    Backend(states).merge_shards({states.scalar_type() == at::kDouble, loss.numel(), states.size(0), z_loss,
+                                  states.const_data_ptr(), loss.data_ptr(), max.data_ptr(), sum.data_ptr(),
+                                  coefficients.data_ptr()});
+    return {loss, max, sum, coefficients};
   }
 
   static Diverged diverge(const Inputs& in) {
@@ -128,6 +159,10 @@ struct Kernels {
   static Tensor forward_into(Backend& backend, const NewGrad& grad, const Inputs& in) {
     ProblemBuilder builder(in);
     builder.add_grad(grad.tensor, grad.streams);
+    if (in.picked) {  // their gradient is written last
+      builder.add_row_result(&Problem::max);
+      builder.add_row_result(&Problem::sum);
+    }
     Tensor loss = run_forward(backend, builder, in);
     clear_padding(grad.tensor, in);
     return loss;
@@ -172,6 +207,9 @@ struct Kernels {
     const bool is_of_logits_shape = out.tensor.sizes() == in.logits.sizes();
     if (is_of_logits_shape) {
       builder.add_grad(out.tensor, out.streams);
+    }
+    if (b.coefficients) {
+      builder.add_row_input(&Problem::coefficients, *b.coefficients);
     }
     Problem& problem = builder.problem();
     problem.grad.data = out.tensor.data_ptr();
@@ -230,8 +268,10 @@ struct Kernels {
   static void add_to(torch::Library& m) {
     m.impl("loss", &unpacked<&loss>);
     m.impl("forward", &unpacked<&forward>);
-    m.impl("stats", &unpacked_stats<&stats>);
+    m.impl("stats", &unpacked_after<int64_t, &stats>);
     m.impl("diverge", &unpacked<&diverge>);
+    m.impl("shard_state", &unpacked_after<bool, &shard_state>);
+    m.impl("merge_shards", &merge_shards);
     m.impl("forward_grad", &unpacked<&forward_grad>);
     m.impl("forward_grad_", &unpacked<&forward_grad_>);
     m.impl("backward", &unpacked_backward<&backward>);
@@ -289,6 +329,18 @@ Diverged diverge(const Inputs& in) {
   const auto [loss, max, sum, lse] = forward(in);
   const auto rows = [&] { return at::empty_like(max); };
   return {loss, max, sum, lse, rows(), rows()};
+}
+
+Tensor shard_state(bool, const Inputs& in) {
+  check(in);
+  c10::SymDimVector sizes = row_sizes(in.logits);
+  sizes.insert(sizes.begin(), 4);
+  return at::empty_symint(sizes, in.logits.options().dtype(accumulator_of(in.logits.scalar_type())));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_shards(const Tensor& states, double) {
+  const auto rows = [&] { return at::empty_symint(states.sym_sizes().slice(2), states.options()); };
+  return {rows(), rows(), rows(), rows()};
 }
 
 std::tuple<Tensor, Tensor> forward_grad(const Inputs& in) {
@@ -396,6 +448,7 @@ TORCH_LIBRARY(cross_entropy, m) {
       " -> (Tensor maximum, Tensor logsumexp, Tensor loss)",
       &row_stats);
   m.def("divisor(" CE_INPUTS ") -> Tensor", &unpacked<&formulas::divisor>);
+  m.def("reduce(Tensor rows, " CE_INPUTS ") -> Tensor", &unpacked_after<const Tensor&, &formulas::reduce>);
 
   m.def("loss(" CE_INPUTS ") -> Tensor");
   m.def("forward(" CE_INPUTS ") -> (Tensor loss, Tensor max, Tensor sum, Tensor lse)");
@@ -404,6 +457,8 @@ TORCH_LIBRARY(cross_entropy, m) {
         "Tensor rank)");
   m.def("diverge(" CE_INPUTS
         ") -> (Tensor loss, Tensor max, Tensor sum, Tensor teacher_max, Tensor teacher_sum, Tensor mean)");
+  m.def("shard_state(bool all_rows, " CE_INPUTS ") -> Tensor");
+  m.def("merge_shards(Tensor states, float z_loss) -> (Tensor loss, Tensor max, Tensor sum, Tensor coefficients)");
   m.def("forward_grad(" CE_INPUTS ") -> (Tensor loss, Tensor grad)");
   m.def("forward_grad_(" CE_INPUTS_TO_WRITE_TO ") -> Tensor");
   m.def("backward(" CE_BACKWARD_INPUTS CE_INPUTS ") -> Tensor");
@@ -425,8 +480,10 @@ TORCH_LIBRARY_IMPL(cross_entropy, CUDA, m) {
 TORCH_LIBRARY_IMPL(cross_entropy, Meta, m) {
   m.impl("loss", &unpacked<&meta::loss>);
   m.impl("forward", &unpacked<&meta::forward>);
-  m.impl("stats", &unpacked_stats<&meta::stats>);
+  m.impl("stats", &unpacked_after<int64_t, &meta::stats>);
   m.impl("diverge", &unpacked<&meta::diverge>);
+  m.impl("shard_state", &unpacked_after<bool, &meta::shard_state>);
+  m.impl("merge_shards", &meta::merge_shards);
   m.impl("forward_grad", &unpacked<&meta::forward_grad>);
   m.impl("forward_grad_", &unpacked<&meta::forward_grad_>);
   m.impl("backward", &unpacked_backward<&meta::backward>);

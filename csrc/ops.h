@@ -32,6 +32,9 @@ struct Options {
   int64_t divergence = kNoDivergence;                       // of a teacher's logits, which are the target, or
   bool reverse = false;                                     // reversed
   double teacher_scale = 1;                                 // of the teacher's logits
+  int64_t first_class = 0;                                  // of `all_classes`, of which the logits are a shard:
+  std::optional<int64_t> all_classes = std::nullopt;        // targets name any of them, the smoothing is over all
+  bool spreads = false;                                     // the rest of the picks' probabilities
 
   // Of each row by itself, in full precision: without what a reduction does.
   Options of_rows() const {
@@ -53,22 +56,26 @@ struct Inputs {
   const OptionalTensor& row_weight = kNoTensor;   // (rows)
   const OptionalTensor& logit_scale = kNoTensor;  // (), a further factor
   const OptionalTensor& divisor = kNoTensor;      // (), a further factor
+  const OptionalTensor& picked = kNoTensor;       // (rows, picks) probabilities of the classes that the target names
 
   Inputs with(Options other) const {
-    return {logits, target, weight, std::move(other), row_weight, logit_scale, divisor};
+    return {logits, target, weight, std::move(other), row_weight, logit_scale, divisor, picked};
   }
   Inputs of(const at::Tensor& other_logits) const {
-    return {other_logits, target, weight, options, row_weight, logit_scale, divisor};
+    return {other_logits, target, weight, options, row_weight, logit_scale, divisor, picked};
   }
   // Of each row's loss, before its weight.
-  Inputs of_rows() const { return {logits, target, weight, options.of_rows(), kNoTensor, logit_scale}; }
+  Inputs of_rows() const {
+    return {logits, target, weight, options.of_rows(), kNoTensor, logit_scale, kNoTensor, picked};
+  }
   // Whether the call asks for nothing that torch's own loss does not have.
   bool is_plain() const {
     const Options& o = options;
     return o.z_loss == 0 && !o.softcap && o.logit_scale == 1 && !o.divisor && !o.valid_classes && !o.zero_if_empty &&
-           !row_weight && !logit_scale && !divisor && !has_teacher();
+           !row_weight && !logit_scale && !divisor && !has_teacher() && !is_shard() && !picked;
   }
-  bool has_teacher() const { return options.divergence != kNoDivergence; }
+  bool is_shard() const { return options.all_classes.has_value(); }
+  bool has_teacher() const { return options.divergence != kNoDivergence && !picked; }
   bool divides_by_given() const { return options.divisor || divisor; }
 };
 
@@ -85,6 +92,7 @@ struct BackwardInputs {
   const OptionalTensor& teacher_max = kNoTensor;
   const OptionalTensor& teacher_sum = kNoTensor;
   const OptionalTensor& mean = kNoTensor;
+  const OptionalTensor& coefficients = kNoTensor;  // Σ a_c of each row, where the logits are a shard
 };
 
 // What stats() gives besides what the loss needs, as a set of bits.

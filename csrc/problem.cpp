@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "checks.h"
+#include "row_picks.h"
 
 namespace ce {
 namespace {
@@ -72,6 +73,10 @@ ProblemBuilder::ProblemBuilder(const Inputs& in)
   const Options& options = in.options;
   problem_.dtype = dtype_of(logits_);
   problem_.target_type = in.has_teacher() ? TargetType::kTeacher : target_type_of(target_);
+  problem_.picks = in.picked ? target_.size(class_dim_) : 0;
+  problem_.spreads = options.spreads;
+  problem_.first_class = options.first_class;
+  problem_.all_classes = options.all_classes.value_or(0);
   problem_.reverse = options.reverse;
   problem_.kappa = options.divergence == kKullbackLeibler ? 1 : 0;
   problem_.teacher_scale = options.teacher_scale;
@@ -103,6 +108,17 @@ ProblemBuilder::ProblemBuilder(const Inputs& in)
     problem_.target.class_stride = target_.stride(class_dim_);
   }
   add_operand(problem_.target.strides, target_, has_classes);
+  if (in.picked) {
+    kept_.push_back(in.picked->detach().to(accumulator()));
+    problem_.probabilities.data = kept_.back().const_data_ptr();
+    problem_.probabilities.class_stride = kept_.back().stride(class_dim_);
+    add_operand(problem_.probabilities.strides, kept_.back(), /*has_classes=*/true);
+    const auto bytes = logits_.options().dtype(at::kByte);
+    kept_.push_back(at::empty({problem_.rows * static_cast<int64_t>(sizeof(PickedRow<double>))}, bytes));
+    problem_.picked_rows = kept_.back().data_ptr();
+    kept_.push_back(at::empty({2 * problem_.rows * problem_.picks}, logits_.options().dtype(accumulator())));
+    problem_.picked = kept_.back().data_ptr();
+  }
   if (in.row_weight) {
     add_rows(&Problem::row_weight, in.row_weight->detach().to(accumulator()));
   }

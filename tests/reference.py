@@ -131,47 +131,95 @@ def row_stats(
     return {name: value.reshape(rows.shape) for name, value in stats.items()}
 
 
+class Taught:
+    """The rows that a teacher's softmax is compared with, what they weigh, and what becomes of their losses."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        class_dim: int = -1,
+        valid_classes: int | None = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        row_weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+        empty: str = "nan",
+    ) -> None:
+        self.class_dim = class_dim
+        self.classes = logits.shape[class_dim] if valid_classes is None else valid_classes
+        self.shape = logits.movedim(class_dim, -1).shape[:-1]
+        kept = torch.ones(self.shape.numel(), dtype=torch.bool)
+        if target is not None:
+            kept = target.reshape(-1) != ignore_index
+        r = torch.ones(len(kept), dtype=torch.float64) if row_weight is None else row_weight.reshape(-1).double()
+        self.r = r.where(kept, 0)
+        self.is_read = kept if row_weight is not None and row_weight.requires_grad else self.r != 0
+        x = self.rows(logits)
+        z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
+        lse, shifted, top = log_sum_exp(z)
+        self.log_p = shifted - lse
+        self.z_loss = z_loss * (lse + top).square().squeeze(1)
+        self.temperature, self.reduction, self.divisor, self.empty = temperature, reduction, divisor, empty
+
+    def rows(self, logits: Tensor) -> Tensor:
+        rows = logits.movedim(self.class_dim, -1)[..., : self.classes].reshape(-1, self.classes).double()
+        return rows.where(self.is_read[:, None], 0)
+
+    def reduce(self, divergence: Tensor) -> Tensor:
+        loss = self.r * (divergence + self.z_loss).where(self.is_read, 0)
+        if self.reduction == "none":
+            return loss.reshape(self.shape)
+        if self.reduction == "sum" or self.divisor is not None:
+            return loss.sum() / (1 if self.divisor is None else float(self.divisor))
+        return loss.sum() * 0 if self.empty == "zero" and self.r.sum() == 0 else loss.sum() / self.r.sum()
+
+
 def distillation_loss(
     logits: Tensor,
     teacher: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float = 1.0,
     divergence: str = "kl",
     reverse: bool = False,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    class_dim: int = -1,
-    valid_classes: int | None = None,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    row_weight: Tensor | None = None,
-    divisor: float | Tensor | None = None,
-    empty: str = "nan",
+    **options: Any,
 ) -> Tensor:
     """As cross_entropy.distillation_loss, in float64 and differentiable."""
-    classes = logits.shape[class_dim] if valid_classes is None else valid_classes
-
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor.movedim(class_dim, -1)[..., :classes].reshape(-1, classes).double()
-
-    shape = logits.movedim(class_dim, -1).shape[:-1]
-    x, t = rows(logits), rows(teacher)
-    kept = torch.ones(len(x), dtype=torch.bool) if target is None else target.reshape(-1) != ignore_index
-    r = torch.ones(len(x), dtype=torch.float64) if row_weight is None else row_weight.reshape(-1).double()
-    r = r.where(kept, 0)
-    is_read = kept if row_weight is not None and row_weight.requires_grad else r != 0
-    x, t = (tensor.where(is_read[:, None], 0) for tensor in (x, t))
-    z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
-    of_z, of_t = log_sum_exp(z), log_sum_exp(t / temperature)
-    log_p, log_q = (shifted - lse for lse, shifted, _ in (of_z, of_t))
+    taught = Taught(logits, target, **options)
+    lse, shifted, _ = log_sum_exp(taught.rows(teacher) / taught.temperature)
+    log_p, log_q = taught.log_p, shifted - lse
     log_a, log_b = (log_p, log_q) if reverse else (log_q, log_p)
     a = log_a.exp()
     is_term = a != 0  # 0 · ∞ is none
     terms = -log_b.where(is_term, 0) + (log_a.where(is_term, 0) if divergence == "kl" else 0)
-    loss = r * ((a * terms).sum(dim=1) + z_loss * (of_z[0] + of_z[2]).square().squeeze(1)).where(is_read, 0)
-    if reduction == "none":
-        return loss.reshape(shape)
-    if reduction == "sum" or divisor is not None:
-        return loss.sum() / (1 if divisor is None else float(divisor))
-    return loss.sum() * 0 if empty == "zero" and r.sum() == 0 else loss.sum() / r.sum()
+    return taught.reduce((a * terms).sum(dim=1))
+
+
+def topk_distillation_loss(
+    logits: Tensor,
+    indices: Tensor,
+    probabilities: Tensor,
+    target: Tensor | None = None,
+    *,
+    rest: str = "drop",
+    divergence: str = "kl",
+    **options: Any,
+) -> Tensor:
+    """As cross_entropy.topk_distillation_loss, from the probabilities of all classes."""
+    taught = Taught(logits, target, **options)
+    picks = indices.shape[taught.class_dim]
+    i = indices.movedim(taught.class_dim, -1).reshape(-1, picks).long()
+    q = probabilities.movedim(taught.class_dim, -1).reshape(-1, picks).double()
+    others = taught.classes - picks
+    background = torch.zeros(len(q), dtype=torch.float64)
+    if rest == "spread" and others:
+        background = (1 - q.sum(dim=1)).clamp(min=0) / others
+    of_all = background[:, None].repeat(1, taught.classes).scatter_add(1, i, q - background[:, None])
+    loss = -(of_all * taught.log_p.where(of_all != 0, 0)).sum(dim=1)
+    if divergence == "kl":
+        loss = loss + torch.special.xlogy(q, q).sum(dim=1) + others * torch.special.xlogy(background, background)
+    return taught.reduce(loss)

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import cross_entropy
-from cross_entropy import distillation_loss
+from cross_entropy import distillation_loss, topk_distillation_loss
 from tests import reference
 from tests.device import IS_HOST
 from tests.observe import allocations
@@ -67,9 +67,8 @@ def make(shape, names=(), dtype=torch.float32, *, layouts=("contiguous", "contig
     return {"input": both[0], "teacher": both[1], "ignore_index": -7} | arguments
 
 
-def check(arguments, ways=None, passes=1):
+def check(arguments, ways=None, passes=1, oracle=oracle, names=("input", "teacher")):
     """Loss and gradients against the oracle's; a way is a function and the arguments that need a gradient."""
-    names = ["input", "teacher"]
     accurate = accumulator(arguments["input"].dtype)
     expected, leaves = call(oracle, arguments, names, torch.Tensor.double)
     upstream = torch.randn(expected.shape).to(arguments.get("loss_dtype", arguments["input"].dtype))
@@ -78,7 +77,7 @@ def check(arguments, ways=None, passes=1):
     terms = float(upstream.abs().max())
     apart = float(max(arguments[name].nan_to_num(0, 0, 0).abs().max() for name in names))
     for function, needed in ways or [
-        (distillation_loss, names),
+        (distillation_loss, ["input", "teacher"]),
         (distillation_loss, ["input"]),
         (distillation_loss, ["teacher"]),
         (inplace, ["input"]),
@@ -288,6 +287,153 @@ def test_all_rows_ignored(function, empty, reduction):
         assert grad.eq(0).all()
 
 
+# The top of a teacher's softmax.
+
+
+def topk_oracle(input, loss_dtype=None, **arguments):
+    return reference.topk_distillation_loss(input, **arguments)
+
+
+def topk_inplace(input, **arguments):
+    return topk_distillation_loss(input * 1, inplace=True, **arguments)
+
+
+def make_topk(shape, picks, names=(), dtype=torch.float32, *, rest="drop", repeated=False, seed=0, **arguments):
+    """As make(), with an index out of bounds in rows that are not read."""
+    choose = random.Random(seed).choice
+    arguments = make(shape, names, dtype, seed=seed, **arguments)
+    dim = arguments["class_dim"]
+    del arguments["teacher"]
+    classes = arguments.get("valid_classes", shape[dim])
+    picks = min(picks, classes)
+    of_row = torch.rand(*arguments["input"].movedim(dim, -1).shape[:-1], classes)
+    indices = of_row.topk(picks).indices
+    if repeated and picks > 1:
+        indices[..., 1] = indices[..., -1]
+    probabilities = torch.rand(indices.shape).softmax(-1) * choose([0.6, 0.9])
+    arguments |= {
+        "indices": indices.movedim(-1, dim).to(choose([torch.int64, torch.int32])),
+        "probabilities": probabilities.movedim(-1, dim).to(choose([torch.float32, dtype])),
+        "rest": rest,
+    }
+    return arguments
+
+
+def check_topk(arguments, passes=1):
+    ways = [(topk_distillation_loss, ["input"]), (topk_distillation_loss, [])]
+    ways += [(topk_inplace, ["input"])] * (passes == 1)
+    check(arguments, ways, passes, topk_oracle, ["input"])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("rest", ["drop", "spread"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_topk_formulas(dtype, rest, divergence, reduction):
+    for shape in [*SHAPES, (6, 300), (2, 20001)]:
+        for picks in (1, 5, 40):  # one, less than a vector, and some vectors with a rest
+            kind = {"rest": rest, "divergence": divergence, "reduction": reduction, "repeated": picks == 5}
+            check_topk(make_topk(shape, picks, ["temperature"], dtype, seed=f"{shape} {picks}", **kind))
+
+
+@pytest.mark.parametrize("rest", ["drop", "spread"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_option_of_topk(dtype, name, rest):
+    for seed, (reduction, divergence) in enumerate(itertools.product(REDUCTIONS, DIVERGENCES)):
+        for shape in ((33, 10), (6, 300)):
+            kind = {"rest": rest, "divergence": divergence, "reduction": reduction}
+            check_topk(make_topk(shape, 3, [name], dtype, seed=seed, **kind))
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_topk_together(seed):
+    generator = random.Random(seed)
+    shape = generator.choice([(1,), (7,), (33, 10), (5, 1), (6, 1000), (3, 4, 20), (2, 21, 4, 9), (2, 20001)])
+    dtype = generator.choice(DTYPES)
+    kind = {"rest": generator.choice(["drop", "spread"]), "divergence": generator.choice(DIVERGENCES)}
+    kind |= {"reduction": generator.choice(REDUCTIONS), "class_dim": generator.choice([1, -1])}
+    if generator.random() < 0.5:
+        kind["loss_dtype"] = accumulator(dtype)
+    names = [name for name in OPTIONS if generator.random() < 0.7]
+    layouts = generator.choices(list(LAYOUTS), k=2)
+    picks, repeated = generator.choice([1, 2, 17, 64]), generator.random() < 0.3
+    check_topk(make_topk(shape, picks, names, dtype, layouts=layouts, repeated=repeated, seed=seed, **kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_second_backward_of_topk(dtype):
+    for reduction in REDUCTIONS:
+        check_topk(make_topk((6, 9), 3, ["z_loss"], dtype, rest="spread", reduction=reduction), passes=3)
+
+
+@pytest.mark.parametrize("names", [[], ["softcap", "temperature", "z_loss", "row_weight", "valid_classes"]])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rest", ["drop", "spread"])
+def test_gradcheck_of_topk(rest, reduction, names):
+    arguments = make_topk((4, 6), 3, names, torch.float64, rest=rest, reduction=reduction)
+    arguments["input"].nan_to_num_(0)
+    differentiated = ["input", *["row_weight"] * ("row_weight" in names)]
+
+    def function(*values):
+        return topk_distillation_loss(**arguments | dict(zip(differentiated, values, strict=True)))
+
+    inputs = [arguments[name].detach().double().requires_grad_() for name in differentiated]
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("rest", ["drop", "spread"])
+def test_transforms_of_topk(rest):
+    z, v = torch.randn(3, 7), torch.randn(3, 7)
+    indices, q = torch.tensor([[0, 1], [6, 2], [3, 3]]), torch.rand(3, 2) / 2
+
+    def ours(x, i=indices, p=q):
+        return topk_distillation_loss(x, i, p, rest=rest)
+
+    def expected(x, i=indices, p=q):
+        return reference.topk_distillation_loss(x, i, p, rest=rest).float()
+
+    func = torch.func
+    for transform in (
+        lambda f: func.grad(f)(z),
+        lambda f: func.vmap(f)(z[:, None], indices[:, None], q[:, None]),
+        lambda f: func.vmap(func.grad(f))(z[:, None], indices[:, None], q[:, None]),
+        lambda f: func.jvp(f, (z,), (v,)),
+        lambda f: func.hessian(f)(z),
+    ):
+        torch.testing.assert_close(transform(ours), transform(expected), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rest", ["drop", "spread"])
+@pytest.mark.parametrize("shape", [(40, 10), (6, 300), (6, 10, 9), (3, 17000)], ids=str)
+def test_topk_of_all_classes_is_probabilities(shape, rest):
+    probabilities, indices = torch.rand(shape).softmax(1), torch.rand(shape).argsort(1)
+    logits = torch.randn(shape, requires_grad=True)
+    picked = probabilities.gather(1, indices)
+    kind = {"rest": rest, "divergence": "cross_entropy", "class_dim": 1, "reduction": "sum"}
+    results = [
+        [loss.detach(), *torch.autograd.grad(loss, logits)]
+        for loss in (
+            topk_distillation_loss(logits, indices, picked, **kind),
+            cross_entropy.cross_entropy(logits, probabilities, reduction="sum"),
+        )
+    ]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("columns", [5, 300, 17000])
+def test_topk_index_out_of_bounds(columns, reduction):
+    for bad in (columns, -1, -100):
+        indices = torch.tensor([[0, 1], [columns - 1, bad], [2, 3]])
+        for requires_grad, in_place in itertools.product((False, True), repeat=2):
+            x = torch.randn(3, columns).requires_grad_(requires_grad) * 1
+            with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\."):
+                topk_distillation_loss(x, indices, torch.rand(3, 2), reduction=reduction, inplace=in_place)
+                cross_entropy.check_errors()
+
+
 # How it is computed.
 
 
@@ -302,6 +448,19 @@ def test_no_softmax_is_written(divergence, reverse):
     step()
     logits.grad = None
     assert allocations(step, teacher.nbytes) == 1  # the gradient
+
+
+@pytest.mark.skipif(not IS_HOST, reason="counts the CPU's memory, and the emulator stands in for a device with its own")
+@pytest.mark.parametrize("rest", ["drop", "spread"])
+def test_nothing_of_the_logits_size_is_written_for_picks(rest):
+    logits, indices, q = torch.randn(64, 5000, requires_grad=True), torch.randint(5000, (64, 20)), torch.rand(64, 20)
+
+    def step():
+        topk_distillation_loss(logits, indices, q, rest=rest).backward()
+
+    step()
+    logits.grad = None
+    assert allocations(step, logits.nbytes) == 1  # the gradient
 
 
 @pytest.mark.skipif(not IS_HOST, reason="threads are the CPU's")
@@ -326,19 +485,26 @@ def test_dtypes_are_promoted():
         torch.testing.assert_close(loss, distillation_loss(input.float(), teacher.float()))
 
 
+def distill(x):
+    target = torch.tensor([1, 2, -100, 4, 5, 6])
+    teacher = torch.linspace(-3, 3, 54).view(6, 9)
+    return distillation_loss(x * 2, teacher, target, temperature=2.0, softcap=5.0, reverse=True)
+
+
+def distill_topk(x):
+    indices = torch.arange(12).view(6, 2) % 9
+    return topk_distillation_loss(x * 2, indices, torch.full((6, 2), 0.4), rest="spread", temperature=2.0)
+
+
+@pytest.mark.parametrize("step", [distill, distill_topk])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled(backend):
-    z, t, target = torch.randn(6, 9, requires_grad=True), torch.randn(6, 9), torch.tensor([1, 2, -100, 4, 5, 6])
-
-    def step(x, y):
-        return distillation_loss(x * 2, y, target, temperature=2.0, softcap=5.0, reverse=True)
-
-    compiled = torch.compile(step, backend=backend, fullgraph=True)
+def test_compiled(backend, step):
+    z = torch.randn(6, 9, requires_grad=True)
     results = []
-    for function in (step, compiled):
-        loss = function(z, t)
+    for function in (step, torch.compile(step, backend=backend, fullgraph=True)):
+        loss = function(z)
         results.append([loss.detach(), *torch.autograd.grad(loss, z)])
-    assert all(map(torch.equal, *results))
+    torch.testing.assert_close(*results)
 
 
 # Errors.
@@ -381,6 +547,38 @@ def test_refused(arguments, error, match):
         assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"indices": torch.zeros(2, 4, dtype=torch.long)}, ValueError, "pick 1 to 3"),
+        ({"indices": torch.zeros(2, 0, dtype=torch.long)}, ValueError, "pick 1 to 3"),
+        ({"indices": torch.zeros(3, 2, dtype=torch.long)}, ValueError, "rows"),
+        ({"indices": torch.zeros(2, dtype=torch.long)}, ValueError, "dimensions"),
+        ({"indices": torch.zeros(2, 2)}, ValueError, "int64 or int32"),
+        ({"probabilities": torch.zeros(2, 1)}, ValueError, r"\bprobabilities\b"),
+        ({"probabilities": torch.zeros(2, 2, dtype=torch.long)}, ValueError, r"\bprobabilities\b"),
+        ({"probabilities": torch.zeros(2, 2, requires_grad=True)}, NotImplementedError, r"\bprobabilities\b"),
+        ({"rest": "nobody"}, ValueError, r"\brest\b"),
+        ({"divergence": "reverse"}, ValueError, r"\bdivergence\b"),
+        ({"temperature": 0.0}, ValueError, r"\btemperature\b"),
+        ({"divisor": 2, "reduction": "none"}, ValueError, r"\bdivisor\b"),
+        ({"target": torch.zeros(5, dtype=torch.long)}, ValueError, r"\btarget\b"),
+    ],
+    ids=str,
+)
+def test_refused_by_topk(arguments, error, match):
+    logits = torch.randn(2, 3)
+    before = logits.clone()
+    of_call = {"indices": torch.tensor([[0, 1], [2, 1]]), "probabilities": torch.rand(2, 2)} | arguments
+    if arguments.get("indices") is not None:
+        of_call["probabilities"] = torch.zeros(of_call["indices"].shape)
+    for requires_grad, in_place in itertools.product((False, True), repeat=2):
+        x = logits.clone().requires_grad_(requires_grad) * 1
+        with pytest.raises(error, match=match):
+            topk_distillation_loss(**{"input": x, "inplace": in_place} | of_call)
+        assert torch.equal(x, before)
+
+
 def test_operators_without_a_teacher_refuse_one():
     x = torch.randn(2, 3)
     operators = torch.ops.cross_entropy
@@ -393,7 +591,3 @@ def test_operators_without_a_teacher_refuse_one():
             operators.loss(x, x, **arguments, divergence=2)
     with pytest.raises(ValueError, match="divergence"):
         operators.loss(x, x, None, 1, -100, 0.0, divergence=3)
-
-
-def test_named_in_the_package():
-    assert "distillation_loss" in cross_entropy.__all__

@@ -48,7 +48,7 @@ def make_calls():
             yield "stats", (6 if soft else 15, x, t, w if soft else v, *options, full)
         yield "divisor", (x, t, w if soft else v, MEAN, -100, 0.1)
         yield "cross_entropy_", (z.clone(), q, v, *options, full)
-        nothing = None, top, total, *[None] * 6
+        nothing = None, top, total, *[None] * 7
         yield "backward", (grad_loss, grad_lse, *nothing[1:], x, t, w if soft else v, *options)
         yield "backward_", (grad_loss.detach(), *nothing, z.clone(), q, v, *options)
         if reduction == MEAN:
@@ -66,7 +66,7 @@ def make_calls():
             *[("forward_grad", (x, t, w if soft else v, *options, full))] * (reduction == MEAN),
             (
                 "backward",
-                (grad_loss, grad_lse, top, total, None, grad_lse, lse, *[None] * 3, x, t, w if soft else v, *options),
+                (grad_loss, grad_lse, top, total, None, grad_lse, lse, *[None] * 4, x, t, w if soft else v, *options),
             ),
             ("logit_scale_backward", (grad_loss, *nothing, x, t, w if soft else v, *options)),
         ):
@@ -76,12 +76,30 @@ def make_calls():
         with_teacher = {"divergence": 2, "reverse": reverse, "teacher_scale": 0.5, "logit_scale": 0.5}
         arguments = None, reduction, -100, 0.0
         loss, *rows = OPERATORS.diverge(z.detach(), t.detach(), *arguments, **with_teacher)
-        grads = torch.rand_like(loss, requires_grad=True), None, *rows[:2], None, None, None, *rows[2:]
+        grads = torch.rand_like(loss, requires_grad=True), None, *rows[:2], None, None, None, *rows[2:], None
         for name in ("cross_entropy", "loss", "diverge", *["forward_grad"] * (reduction == MEAN)):
             yield name, (z, t, *arguments), with_teacher
         for name in ("backward", "target_backward"):
             yield name, (*grads, z, t, *arguments), with_teacher
         yield "cross_entropy_", (torch.randn(6, 9), t.detach(), *arguments), with_teacher
+    for reduction, spreads in itertools.product((MEAN, NONE), (False, True)):
+        z, t = torch.randn(6, 9, requires_grad=True), torch.randint(9, (6, 4))
+        with_picks = {"divergence": 2, "picked": torch.rand(6, 4) / 4, "spreads": spreads, "z_loss": 0.1}
+        arguments = None, reduction, -100, 0.0
+        loss, *rows, _ = OPERATORS.forward(z.detach(), t, *arguments, **with_picks)
+        grads = torch.rand_like(loss, requires_grad=True), None, *rows, *[None] * 7
+        for name in ("cross_entropy", "loss", *["forward_grad"] * (reduction == MEAN)):
+            yield name, (z, t, *arguments), with_picks
+        yield "backward", (*grads, z, t, *arguments), with_picks
+        yield "cross_entropy_", (torch.randn(6, 9), t, *arguments), with_picks
+    for soft, part in itertools.product((False, True), ({"first_class": 3, "all_classes": 20}, {})):
+        x, t, w = operands((6, 9), soft, torch.bfloat16)
+        options = NONE, -100, 0.1
+        if part:
+            yield "shard_state", (True, x, t, w, *options), part
+        rows = torch.rand(6, requires_grad=True)
+        yield "reduce", (rows, x, t, w, MEAN, -100, 0.1), {"row_weight": torch.rand(6, requires_grad=True)}
+    yield "merge_shards", (torch.rand(3, 4, 6), 0.1)
     yield "scale_", (torch.rand(6, 9), torch.tensor(2.0))
     yield "scale_", (torch.rand(6, 9).bfloat16(), torch.tensor(2.0))
 

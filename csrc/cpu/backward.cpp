@@ -4,7 +4,7 @@
 
 #include <ATen/Parallel.h>
 
-#include "tile.h"
+#include "forward.h"
 
 namespace ce::cpu {
 namespace {
@@ -50,13 +50,18 @@ struct Backward {
   TileGradient<A> gradient_of(Tile tile, const TileTargets<A>& targets, double shared) const {
     double coefficients[kMaxLanes];
     std::fill(coefficients, coefficients + kMaxLanes, shared);
-    if (p.target_type == TargetType::kProbabilities) {
+    if (p.target_type == TargetType::kProbabilities && !p.coefficients) {
       kernels.sum_coefficients(p, tiling.along, tile, coefficients);
     }
     TileGradient<A> gradient(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t row = tile.row + lane;
-      if (targets.index[lane] >= 0) {
+      const PickedRow<A>* const picks = p.picks > 0 && targets.kept[lane] ? &Picks<A>(p, row).row : nullptr;
+      if (picks) {
+        coefficients[lane] = picks->coefficients(p.classes);
+      } else if (p.coefficients) {
+        coefficients[lane] = static_cast<const A*>(p.coefficients)[row_offset(p, row, p.row_strides)];
+      } else if (targets.index[lane] >= 0) {
         coefficients[lane] += smoothing_of<A>(p).keep * targets.weight[lane];
       }
       const bool kept = targets.kept[lane];
@@ -64,7 +69,8 @@ struct Backward {
                                  kept ? row_value<A>(p, p.grad_log_prob, row, 0) : A(0),
                                  row_value<A>(p, p.grad_entropy, row, 0)};
       const A entropy = p.entropy ? static_cast<const A*>(p.entropy)[row_offset(p, row, p.row_strides)] : A(0);
-      gradient.set(lane, make_row_gradient<A>(exps(row), A(coefficients[lane]), A(p.z_loss), grads, entropy));
+      const auto of_row = make_row_gradient<A>(exps(row), A(coefficients[lane]), A(p.z_loss), grads, entropy);
+      gradient.set(lane, picks ? picks->gradient_of_others(of_row) : of_row);
     }
     return gradient;
   }
@@ -77,12 +83,25 @@ struct Backward {
   }
 
   void logits() const {
+    if (p.picks > 0) {
+      for_each_picked_row<A>(p, [&](int64_t row) { kernels.gather_picks(p, row); });
+    }
     const double shared = shared_coefficients();
     for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
       TileTargets<A> targets(p, tile);
       const TileGradient<A> gradient = gradient_of(tile, targets, shared);
       keep_reached(targets);
       kernels.gradient(p, tiling.along, tile, targets, gradient, begin, end, {});
+    });
+    if (p.picks > 0) {
+      picks();
+    }
+  }
+
+  void picks() const {
+    for_each_picked_row<A>(p, [&](int64_t row) {
+      const A coefficients = Picks<A>(p, row).row.coefficients(p.classes);
+      kernels.write_picks(p, row, make_row_gradient<A>(exps(row), coefficients, A(p.z_loss), {upstream.of(row)}));
     });
   }
 
@@ -153,6 +172,10 @@ void backward(const Problem& p) {
     const Backward<decltype(element)> backward(p);
     p.target_type == TargetType::kTeacher ? backward.divergence(/*of_teacher=*/false) : backward.logits();
   });
+}
+
+void write_picks(const Problem& p) {
+  dispatch(p.dtype, [&](auto element) { Backward<decltype(element)>(p).picks(); });
 }
 
 void target_backward(const Problem& p) {

@@ -129,10 +129,17 @@ struct LossPass {
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t row = tile.row + lane;
       const int64_t offset = row_offset(p, row, p.row_strides);
-      const RowState<double>& state = rows.states[lane];
-      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss) : 0);
+      const bool is_picked = p.picks > 0 && targets.kept[lane];
+      const PickedRow<A>* const picks = is_picked ? &Picks<A>(p, row).row : nullptr;
+      const RowState<double> state = picks ? picks->complete(rows.states[lane]) : rows.states[lane];
+      const double constant = picks ? picks->constant : -0.0;
+      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss) + constant : 0);
       write_row<A>(p.max, offset, state.exps.max);
       write_row<A>(p.sum, offset, state.exps.sum);
+      if (p.linear) {
+        write_row<A>(p.linear, offset, state.linear);
+        write_row<A>(p.coefficients, offset, state.coefficients);
+      }
       if (p.lse) {
         write_row<A>(p.lse, offset, state.exps.lse());
       }
@@ -141,7 +148,8 @@ struct LossPass {
       }
       if (p.grad.data) {
         const MaxSum<A> exps{A(state.exps.max), A(state.exps.sum)};
-        gradient.set(lane, make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), {upstream.of(row)}));
+        const auto of_row = make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), {upstream.of(row)});
+        gradient.set(lane, picks ? picks->gradient_of_others(of_row) : of_row);
       }
     }
     return gradient;
@@ -155,7 +163,17 @@ void forward(const Problem& p) {
     diverge(p);
     return;
   }
-  dispatch(p.dtype, [&](auto element) { run_forward(LossPass<decltype(element)>(p)); });
+  dispatch(p.dtype, [&](auto element) {
+    using A = Acc<decltype(element)>;
+    const LossPass<decltype(element)> pass(p);
+    if (p.picks > 0) {
+      for_each_picked_row<A>(p, [&](int64_t row) { pass.kernels.gather_picks(p, row); });
+    }
+    run_forward(pass);
+    if (p.picks > 0 && p.grad.data) {
+      write_picks(p);
+    }
+  });
 }
 
 }  // namespace ce::cpu

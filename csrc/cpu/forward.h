@@ -108,6 +108,19 @@ void sum_losses(const Problem& p) {
   *static_cast<A*>(p.total) = static_cast<A>(total / p.divisor.value);
 }
 
+// Calls f(row) for all rows with picks that are read.
+template <typename A, typename F>
+void for_each_picked_row(const Problem& p, F&& f) {
+  at::parallel_for(0, p.rows, kSerial / (p.picks + 1) + 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    for (int64_t row = begin; row < end; ++row) {
+      if (counts<A>(p, row)) {
+        f(row);
+      }
+    }
+  });
+}
+
 template <typename Pass>
 void run_forward(const Pass& pass) {
   constexpr int64_t kTilesPerThread = 4;
@@ -130,5 +143,7 @@ void run_forward(const Pass& pass) {
 
 // The forward pass of a divergence from a teacher.
 void diverge(const Problem&);
+// The gradient of the picks, from `max` and `sum`, after that of all classes.
+void write_picks(const Problem&);
 
 }  // namespace ce::cpu

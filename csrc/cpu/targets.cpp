@@ -19,19 +19,40 @@ TargetSummary summarize_indices(const Problem& p, int64_t begin, int64_t end) {
     if (target == p.ignore_index) {
       continue;
     }
-    if (target < 0 || target >= p.classes) {
+    if (is_out_of_bounds(p, target)) {
       summary.bad_row = row;
       summary.bad_target = target;
       return summary;
     }
-    const double weight = weights ? double(weights[target]) : 1.0;
+    const int64_t own = own_class(p, target);
+    const double weight = own < 0 ? 0.0 : weights ? double(weights[own]) : 1.0;
     summary.weight += kWeighted ? weight * row_value<A>(p, p.row_weight, row, 1) : weight;
   }
   return summary;
 }
 
 template <typename A>
+TargetSummary summarize_picks(const Problem& p, int64_t begin, int64_t end) {
+  TargetSummary summary;
+  for (int64_t row = begin; row < end; ++row) {
+    const Picks<A> picks(p, row);
+    for (int64_t j = 0; j < p.picks && counts<A>(p, row); ++j) {
+      if (picks.is_out_of_bounds(j)) {
+        summary.bad_row = row;
+        summary.bad_target = picks.index(j);
+        return summary;
+      }
+    }
+    summary.weight += row_value<A>(p, p.row_weight, row, 1);
+  }
+  return summary;
+}
+
+template <typename A>
 TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
+  if (p.picks > 0) {
+    return summarize_picks<A>(p, begin, end);
+  }
   if (has_indices(p)) {
     return (p.row_weight.data ? summarize_indices<A, true> : summarize_indices<A, false>)(p, begin, end);
   }

@@ -26,10 +26,10 @@ TileTargets<A>::TileTargets(const Problem& p, Tile tile) : any_kept(false) {
     if (has_indices(p)) {
       target = read_target(p, tile.row + lane);
       kept[lane] = target != p.ignore_index;
-    } else if (p.target_type == TargetType::kTeacher) {
+    } else if (p.target_type == TargetType::kTeacher || p.picks > 0) {
       kept[lane] = counts<A>(p, tile.row + lane);
     }
-    index[lane] = kept[lane] ? target : -1;
+    index[lane] = kept[lane] && has_indices(p) ? own_class(p, target) : -1;
     weight[lane] = index[lane] >= 0 && weights ? weights[index[lane]] : A(1);
     any_kept |= kept[lane];
   }

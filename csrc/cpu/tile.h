@@ -9,7 +9,7 @@
 #include <xmmintrin.h>
 #endif
 
-#include "../operands.h"
+#include "../picks.h"
 
 namespace ce::cpu {
 
@@ -72,7 +72,7 @@ struct Tiling {
 // The targets of a tile's rows.
 template <typename A>
 struct TileTargets {
-  int64_t index[kMaxLanes];  // −1: ignored, or the target is probabilities
+  int64_t index[kMaxLanes];  // −1: ignored, another shard's, or the target has classes itself
   A weight[kMaxLanes];       // of the target's class
   bool kept[kMaxLanes];
   bool any_kept;
@@ -186,6 +186,10 @@ struct TileKernels {
   // The gradient of the logits, or of the teacher's.
   void (*divergence_gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileDivergence<A>&,
                               bool of_teacher, int64_t begin, int64_t end);
+  // Finds picked_row() and the logits of a row's picks; then, after the gradient of all classes has been written as if
+  // they were not picked, writes theirs.
+  void (*gather_picks)(const Problem&, int64_t row);
+  void (*write_picks)(const Problem&, int64_t row, RowGradient<A> gradient);
 };
 
 template <typename T>

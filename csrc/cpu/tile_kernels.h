@@ -817,12 +817,14 @@ void scale(T* data, int64_t count, Acc<T> factor) {
 }  // namespace ce::cpu::CE_ISA
 
 #include "divergence_kernels.h"
+#include "pick_kernels.h"
 
 namespace ce::cpu::CE_ISA {
 
 template <typename T>
 constexpr TileKernels<T> kTileKernels = {
-    kLanes<Acc<T>>,     accumulate<T>,           place<T>, gradient<T>, sum_coefficients<T>,   target_gradient<T>,
-    weight_gradient<T>, logit_scale_gradient<T>, scale<T>, diverge<T>,  divergence_gradient<T>};
+    kLanes<Acc<T>>,     accumulate<T>,           place<T>, gradient<T>, sum_coefficients<T>,    target_gradient<T>,
+    weight_gradient<T>, logit_scale_gradient<T>, scale<T>, diverge<T>,  divergence_gradient<T>, gather_picks<T>,
+    write_picks<T>};
 
 }  // namespace ce::cpu::CE_ISA

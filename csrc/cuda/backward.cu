@@ -6,12 +6,6 @@
 namespace ce::cuda {
 namespace {
 
-template <typename A>
-CE_DEVICE MaxSum<A> exps_of(const Problem& p, int64_t row) {
-  const int64_t offset = row_offset(p, row, p.row_strides);
-  return {static_cast<const A*>(p.max)[offset], static_cast<const A*>(p.sum)[offset]};
-}
-
 // Σ of the coefficients of a row's classes, but for that of an index.
 template <typename Walk>
 CE_DEVICE Acc<typename Walk::Element> sum_of_coefficients(const Plan& plan, const Walk& walk,
@@ -36,7 +30,11 @@ CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int
                                          const Walk& walk, const Coefficients<typename Walk::Element>& coefficients,
                                          int lane) {
   A sum = target.coefficient;
-  if constexpr (kGeneral) {
+  if (kGeneral && p.picks > 0) {
+    sum = target.kept ? Picks<A>(p, row).row.coefficients(p.classes) : A(0);
+  } else if (p.coefficients) {
+    sum = static_cast<const A*>(p.coefficients)[row_offset(p, row, p.row_strides)];
+  } else if constexpr (kGeneral) {
     sum += sum_of_coefficients(plan, walk, coefficients, lane);
   }
   RowUpstream<A> upstream;
@@ -48,7 +46,8 @@ CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int
     upstream.entropy = row_value<A>(p, p.grad_entropy, row, 0);
     entropy = p.entropy ? static_cast<const A*>(p.entropy)[row_offset(p, row, p.row_strides)] : A(0);
   }
-  return make_row_gradient<A>(exps_of<A>(p, row), sum, A(p.z_loss), upstream, entropy);
+  const auto gradient = make_row_gradient<A>(exps_of<A>(p, row), sum, A(p.z_loss), upstream, entropy);
+  return kGeneral && p.picks > 0 && target.kept ? Picks<A>(p, row).row.gradient_of_others(gradient) : gradient;
 }
 
 template <typename Walk, bool kGeneral>
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
-    const RowTarget<A> target = exists ? RowTarget<A>(p, index_of(p, row)) : RowTarget<A>();
+    const RowTarget<A> target = exists ? target_of<kGeneral, A>(p, row, index_of(p, row)) : RowTarget<A>();
     const bool kept = target.kept || reaches_ignored_rows(p);
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);
     const Coefficients<T> coefficients(p, row);
@@ -237,7 +236,13 @@ void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
 
 void backward(const Problem& p, const Plan& plan, Stream stream) {
   find_divisor(p, stream);
+  if (p.picks > 0) {
+    gather_picks(p, stream);
+  }
   map_gradient(p, plan, stream);
+  if (p.picks > 0) {
+    write_picks(p, stream);
+  }
 }
 
 void backward(const Problem& p, Stream stream) {

@@ -7,8 +7,14 @@
 namespace ce::cuda {
 namespace {
 
+// Of pieces z of the logits and t of the teacher's.
 template <typename A, int kSize>
-CE_DEVICE void push(RowDivergence<A>& row, const A (&of)[kSize], const A (&from)[kSize]) {
+CE_DEVICE void push(RowDivergence<A>& row, const A (&z)[kSize], const A (&t)[kSize], bool reverse) {
+  A of[kSize], from[kSize];
+  CE_UNROLL for (int i = 0; i < kSize; ++i) {
+    of[i] = reverse ? z[i] : t[i];
+    from[i] = reverse ? t[i] : z[i];
+  }
   A top_of = row.of.max, top_from = row.from.max;
   CE_UNROLL for (int i = 0; i < kSize; ++i) {
     top_of = std::fmax(top_of, of[i]);
@@ -126,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
       A z[kSize], t[kSize];
       unpack_logits<true>(piece, transform, z);
       teacher.read(c, t);
-      p.reverse ? push(state, z, t) : push(state, t, z);
+      push(state, z, t, p.reverse);
     });
     state = sum_in_block<Walk, true>(state, plan, states);
     if (plan.cluster) {

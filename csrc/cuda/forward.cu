@@ -58,24 +58,6 @@ CE_DEVICE void push(RowPlace<A>& place, int64_t c, const A (&y)[kSize], int64_t 
   }
 }
 
-// Waits for other threads that report, and only for them.
-CE_DEVICE void report(BadTarget* record, int64_t row, int64_t target) {
-  const auto reported = reinterpret_cast<unsigned long long*>(&record->row);
-  const auto mine = static_cast<unsigned long long>(row);
-  while (atomicAdd(reported, 0) > mine) {
-    if (atomicCAS(&record->lock, 0, 1) == 0) {
-      __threadfence_system();
-      if (atomicAdd(reported, 0) > mine) {
-        record->target = target;
-        __threadfence_system();
-        atomicExch(reported, mine);
-      }
-      __threadfence_system();
-      atomicExch(&record->lock, 0);
-    }
-  }
-}
-
 // What is asked for besides; of a target out of bounds there is none.
 template <typename A>
 CE_DEVICE void write_stats(const Problem&, int64_t, const RowTarget<A>&, A, const RowState<A>&) {}
@@ -100,11 +82,11 @@ CE_DEVICE void write_stats(const Problem& p, int64_t offset, const RowTarget<A>&
 }
 
 // Adds the target's own part to what the classes have left, and writes the row's results.
-template <typename A, typename Any>
+template <bool kGeneral, typename A, typename Any>
 CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target, A target_logit, Any any) {
   RowState<A>& state = state_of(any);
   const int64_t offset = row_offset(p, row, p.row_strides);
-  if (target.kept && target.index < 0 && has_indices(p) && p.bad_target) {
+  if (target.is_out_of_bounds() && p.bad_target) {
     report(p.bad_target, offset, index_of(p, row));
   }
   const auto write = [&](void* results, A value) {
@@ -119,7 +101,23 @@ CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target,
   if (has_indices(p)) {
     state.add(target.coefficient, target_logit);
   }
-  write(p.loss, target.kept ? state.loss(A(p.z_loss)) : A(0));
+  if constexpr (kGeneral) {
+    write(p.linear, state.linear);
+    write(p.coefficients, state.coefficients);
+  }
+  A loss = target.kept ? state.loss(A(p.z_loss)) : A(0);
+  if (kGeneral && p.picks > 0 && target.kept) {
+    loss += Picks<A>(p, row).row.constant;
+  }
+  write(p.loss, loss);
+}
+
+// With the picks' part, where there are any.
+template <bool kGeneral, typename A>
+CE_DEVICE void complete(const Problem& p, int64_t row, const RowTarget<A>& target, RowState<A>& state) {
+  if (kGeneral && p.picks > 0 && target.kept) {
+    state = Picks<A>(p, row).row.complete(state);
+  }
 }
 
 template <typename T>
@@ -164,7 +162,9 @@ __global__ void __launch_bounds__(kMaxThreads,
     const int64_t row = exists ? first + seat.row : first;
     const int64_t index = index_of(p, row);
     // Otherwise an ignored row is read only for what does not depend on the target.
-    const bool is_read = exists && (plan.reads_all || reads_ignored_rows(p) || judge(p, index) != Verdict::kIgnored);
+    const bool may_count = !kGeneral || p.picks == 0 || counts<A>(p, row);
+    const bool is_read =
+        exists && may_count && (plan.reads_all || reads_ignored_rows(p) || judge(p, index) != Verdict::kIgnored);
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
                     is_read ? p.classes : 0);
 
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kMaxThreads,
         }
       }
     });
-    const RowTarget<A> target = exists ? RowTarget<A>(p, index) : RowTarget<A>();
+    const RowTarget<A> target = exists ? target_of<kGeneral, A>(p, row, index) : RowTarget<A>();
     // For the row's first thread, before the gradient may replace it.
     const A z_target = rank == 0 ? target_logit<A, T>(p, row, target) : A(0);
     state = sum_in_block<Walk, kGeneral>(state, plan, states);
@@ -215,14 +215,18 @@ __global__ void __launch_bounds__(kMaxThreads,
       }
       continue;
     }
+    complete<kGeneral>(p, row, target, state_of(state));
     if (rank == 0 && exists) {
-      finish(p, row, target, z_target, state);
+      finish<kGeneral>(p, row, target, z_target, state);
     }
     if constexpr (kGrad) {
       const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
                      exists ? p.classes : 0);
-      const RowGradient<A> gradient = make_row_gradient<A>(state.exps, state.coefficients + target.coefficient,
-                                                           A(p.z_loss), {target.kept ? upstream_of<A>(p, row) : A(0)});
+      RowGradient<A> gradient = make_row_gradient<A>(state.exps, state.coefficients + target.coefficient, A(p.z_loss),
+                                                     {target.kept ? upstream_of<A>(p, row) : A(0)});
+      if (kGeneral && p.picks > 0 && target.kept) {
+        gradient = Picks<A>(p, row).row.gradient_of_others(gradient);
+      }
       const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
       const auto read_again = [&](int64_t c, int turn) {
         return plan.kept > 0 ? kept[turn * plan.threads] : target.kept ? out.template read<Walk::kSize>(c) : Whole();
@@ -251,8 +255,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   state = sum_of_lanes<kGeneral>(state, kWarp);
   if (threadIdx.x % kWarp == 0) {
-    const RowTarget<A> target(p, index_of(p, row));
-    finish(p, row, target, target_logit<A, T>(p, row, target), state);
+    const RowTarget<A> target = target_of<kGeneral, A>(p, row, index_of(p, row));
+    complete<kGeneral>(p, row, target, state_of(state));
+    finish<kGeneral>(p, row, target, target_logit<A, T>(p, row, target), state);
   }
 }
 
@@ -300,6 +305,9 @@ void forward(const Problem& problem, const Plan& plan, Stream stream) {
     if (p.grad.data && p.divides_by_weight) {
       sum_rows(p, /*losses=*/false, stream);
     }
+    if (p.picks > 0) {
+      gather_picks(p, stream);
+    }
     if (p.target_type == TargetType::kTeacher) {
       diverge(p, plan, stream);
     } else {
@@ -307,6 +315,9 @@ void forward(const Problem& problem, const Plan& plan, Stream stream) {
     }
     if (grad_needs_a_pass) {
       map_gradient(p, plan_backward(p, current_device()), stream);
+    }
+    if (p.picks > 0 && p.grad.data) {
+      write_picks(p, stream);
     }
     if (p.total) {
       sum_rows(p, /*losses=*/true, stream);

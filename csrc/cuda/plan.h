@@ -46,6 +46,9 @@ void backward(const Problem&, const Plan&, Stream);
 void sum_rows(const Problem&, bool losses, Stream);
 // The gradient of the logits, where the divisor is known.
 void map_gradient(const Problem&, const Plan&, Stream);
+// With picks: before a pass over the classes, and after one that writes their gradient.
+void gather_picks(const Problem&, Stream);
+void write_picks(const Problem&, Stream);
 // With a teacher: the rows of a forward pass, and the gradient of the logits or of the teacher's.
 void diverge(const Problem&, const Plan&, Stream);
 void map_divergence_gradient(const Problem&, const Plan&, bool of_teacher, Stream);

@@ -26,7 +26,7 @@ CE_DEVICE RowSums sums_of(const Problem& p, int64_t row, bool losses, bool weigh
     sums.weight = row_weight;
   } else if (weights) {
     const int64_t target = read_target(p, row);
-    sums.weight = judge(p, target) == Verdict::kKept ? row_weight * class_weight<A>(p, target) : A(0);
+    sums.weight = judge(p, target) == Verdict::kKept ? row_weight * weight_of_target<A>(p, target) : A(0);
   }
   return sums;
 }

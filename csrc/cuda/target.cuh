@@ -1,6 +1,7 @@
 // What a row's target asks of the loss: its coefficients, its upstream gradient.
 #pragma once
 
+#include "../picks.h"
 #include "row.cuh"
 #include "workspace.h"
 
@@ -9,14 +10,21 @@ namespace ce::cuda {
 enum class Verdict { kKept, kIgnored, kOutOfBounds };
 
 CE_DEVICE Verdict judge(const Problem& p, int64_t target) {
-  return target == p.ignore_index            ? Verdict::kIgnored
-         : target < 0 || target >= p.classes ? Verdict::kOutOfBounds
-                                             : Verdict::kKept;
+  return target == p.ignore_index      ? Verdict::kIgnored
+         : is_out_of_bounds(p, target) ? Verdict::kOutOfBounds
+                                       : Verdict::kKept;
 }
 
 template <typename A>
 CE_DEVICE A class_weight(const Problem& p, int64_t c) {
   return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
+}
+
+// The weight of a kept target's class, if it is the problem's own.
+template <typename A>
+CE_DEVICE A weight_of_target(const Problem& p, int64_t target) {
+  const int64_t c = own_class(p, target);
+  return c < 0 ? A(0) : class_weight<A>(p, c);
 }
 
 // A row's index as it is, 0 where there are none.
@@ -26,7 +34,7 @@ CE_DEVICE int64_t index_of(const Problem& p, int64_t row) {
 
 template <typename A>
 struct RowTarget {
-  int64_t index = -1;  // none: ignored, out of bounds, or the target is probabilities
+  int64_t index = -1;  // none: ignored, out of bounds, another shard's, or the target has classes itself
   A coefficient = 0;   // that only the index has; NaN out of bounds, so that loss and gradient become NaN
   bool kept = false;
 
@@ -37,18 +45,31 @@ struct RowTarget {
       const Verdict verdict = judge(p, value);
       kept = verdict != Verdict::kIgnored;
       if (verdict == Verdict::kKept) {
-        index = value;
-        coefficient = smoothing_of<A>(p).keep * class_weight<A>(p, index);
+        index = own_class(p, value);
+        coefficient = index < 0 ? A(0) : smoothing_of<A>(p).keep * class_weight<A>(p, index);
       } else if (verdict == Verdict::kOutOfBounds) {
         coefficient = NAN;
       }
     }
   }
+
+  CE_DEVICE bool is_out_of_bounds() const { return index < 0 && coefficient != coefficient; }
 };
 
-// Whether a call asks for more than the loss of an index: coefficients of other classes, transformed logits.
+// The same in a kernel that is `kGeneral`.
+template <bool kGeneral, typename A>
+CE_DEVICE RowTarget<A> target_of(const Problem& p, int64_t row, int64_t value) {
+  RowTarget<A> target(p, value);
+  if (kGeneral && p.picks > 0) {
+    target.kept = counts<A>(p, row);
+  }
+  return target;
+}
+
+// Whether a call asks for more than the loss of an index: coefficients of other classes, transformed logits, the states
+// of shards.
 inline bool is_general(const Problem& p) {
-  return has_coefficients(p) || transforms(p);
+  return has_coefficients(p) || transforms(p) || p.linear || p.picks > 0;
 }
 
 // The logits of the loss, in a kernel that is `kGeneral`.
@@ -66,6 +87,24 @@ CE_DEVICE void unpack_logits(const Piece<T, kSize>& piece, const LogitTransform<
 // Of backward kernels.
 inline bool is_general_backward(const Problem& p) {
   return is_general(p) || p.grad_log_prob.data || p.grad_entropy.data;
+}
+
+// Waits for other threads that report, and only for them.
+CE_DEVICE void report(BadTarget* record, int64_t row, int64_t target) {
+  const auto reported = reinterpret_cast<unsigned long long*>(&record->row);
+  const auto mine = static_cast<unsigned long long>(row);
+  while (atomicAdd(reported, 0) > mine) {
+    if (atomicCAS(&record->lock, 0, 1) == 0) {
+      __threadfence_system();
+      if (atomicAdd(reported, 0) > mine) {
+        record->target = target;
+        __threadfence_system();
+        atomicExch(reported, mine);
+      }
+      __threadfence_system();
+      atomicExch(&record->lock, 0);
+    }
+  }
 }
 
 // The coefficients that a row's classes have besides that of an index.
@@ -102,6 +141,13 @@ class Coefficients {
   Smoothing<A> smoothing_;
   Companion<const T> probabilities_;
 };
+
+// What the forward pass has found of a row.
+template <typename A>
+CE_DEVICE MaxSum<A> exps_of(const Problem& p, int64_t row) {
+  const int64_t offset = row_offset(p, row, p.row_strides);
+  return {static_cast<const A*>(p.max)[offset], static_cast<const A*>(p.sum)[offset]};
+}
 
 template <typename A>
 CE_DEVICE A divisor_of(const Problem& p) {

@@ -7,6 +7,8 @@
 #include "../../csrc/cuda/divergence.cu"
 #include "../../csrc/cuda/errors.cu"
 #include "../../csrc/cuda/forward.cu"
+#include "../../csrc/cuda/picks.cu"
 #include "../../csrc/cuda/plan.cu"
 #include "../../csrc/cuda/scale.cu"
+#include "../../csrc/cuda/shards.cu"
 #include "../../csrc/cuda/sums.cu"
