@@ -240,9 +240,9 @@ MISTAKES = {
         "thread",
         ["layouts"],
         "forward.cu",
-        "      finish(p, row, target, z_target, state);",
-        "      finish(p, row, target, z_target, state);\n    }\n    if (rank == 1 && exists) {\n"
-        "      finish(p, row, target, target_logit<A, T>(p, row, target), state);",
+        "      finish<kGeneral>(p, row, target, z_target, state);",
+        "      finish<kGeneral>(p, row, target, z_target, state);\n    }\n    if (rank == 1 && exists) {\n"
+        "      finish<kGeneral>(p, row, target, target_logit<A, T>(p, row, target), state);",
     ),
     "bad target read": (
         "address",
@@ -255,8 +255,8 @@ MISTAKES = {
         "plain",
         ["many rows"],
         "sums.cu",
-        "judge(p, target) == Verdict::kKept ? row_weight * class_weight<A>(p, target)",
-        "judge(p, target) != Verdict::kOutOfBounds ? row_weight * class_weight<A>(p, target < 0 ? 0 : target)",
+        "judge(p, target) == Verdict::kKept ? row_weight * weight_of_target<A>(p, target)",
+        "judge(p, target) != Verdict::kOutOfBounds ? row_weight * weight_of_target<A>(p, target < 0 ? 0 : target)",
     ),
     "32 bits for the distance of rows": (
         "plain",
