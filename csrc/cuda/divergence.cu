@@ -96,7 +96,7 @@ CE_DEVICE void write_gradient(const Problem& p, const Companion<T>& grad, int64_
   grad.write(c, pack<T, kSize>(values));
 }
 
-template <typename Walk, bool kGrad>
+template <typename Walk>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2>)
     divergence_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   using T = typename Walk::Element;
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     RowDivergence<A> state;
     state.kappa = A(p.kappa);
     const auto read = [&](int64_t c, int turn) {
-      const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!kGrad || plan.kept > 0);
-      if (kGrad && plan.kept > 0) {
+      const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!p.grad.data || plan.kept > 0);
+      if (plan.kept > 0) {
         kept[turn * plan.threads] = whole;
       }
       return whole;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     if (rank == 0 && exists) {
       finish(p, row, state);
     }
-    if constexpr (kGrad) {
+    if (p.grad.data) {
       const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
                      exists ? p.classes : 0);
       const DivergenceGradient<A> gradient =
@@ -231,7 +231,7 @@ void launch_divergence(const Problem& p, const Plan& plan, Stream stream) {
   Grid grid{blocks_for(p, plan), plan.threads, plan.cluster ? plan.blocks : 1};
   grid.shared = shared_states<Walk>(plan) * sizeof(RowDivergence<A>) +
                 static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
-  launch(p.grad.data && !merges ? divergence_rows<Walk, true> : divergence_rows<Walk, false>, grid, stream, p, plan);
+  launch(divergence_rows<Walk>, grid, stream, p, plan);
   if (merges) {
     constexpr int kRows = 8;  // of a block
     launch(merge_divergences<A>, {(p.rows + kRows - 1) / kRows, kRows * kWarp}, stream, p, plan.blocks);

@@ -153,6 +153,8 @@ __global__ void __launch_bounds__(kMaxThreads,
   Any* const states = static_cast<Any*>(shared_memory());
   Whole* const kept = reinterpret_cast<Whole*>(states + shared_states<Walk>(plan)) + threadIdx.x;
 
+  // The general kernel is one for both, which is much less to compile; its registers are for both alike.
+  const bool writes_grad = kGrad && (!kGeneral || p.grad.data);
   const Seat seat = Walk::seat(plan);
   const int64_t rank = seat.block * plan.lanes + seat.lane;
   const int64_t ranks = static_cast<int64_t>(plan.blocks) * plan.lanes;
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kMaxThreads,
       }
     }
     const auto read = [&](int64_t c, int turn) {
-      const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!kGrad || plan.kept > 0);
+      const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!writes_grad || plan.kept > 0);
       if (kGrad && plan.kept > 0) {
         kept[turn * plan.threads] = whole;
       }
@@ -218,6 +220,9 @@ __global__ void __launch_bounds__(kMaxThreads,
     complete<kGeneral>(p, row, target, state_of(state));
     if (rank == 0 && exists) {
       finish<kGeneral>(p, row, target, z_target, state);
+    }
+    if (!writes_grad) {
+      continue;
     }
     if constexpr (kGrad) {
       const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
@@ -271,9 +276,9 @@ void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
   if constexpr (kStats) {
     launch(forward_rows<Walk, false, kGeneral, true>, grid, stream, p, plan);
   } else {
-    launch(
-        p.grad.data && !merges ? forward_rows<Walk, true, kGeneral, false> : forward_rows<Walk, false, kGeneral, false>,
-        grid, stream, p, plan);
+    const bool writes_grad = kGeneral || (p.grad.data && !merges);
+    launch(writes_grad ? forward_rows<Walk, true, kGeneral, false> : forward_rows<Walk, kGeneral, kGeneral, false>,
+           grid, stream, p, plan);
   }
   if (merges) {
     constexpr int kRows = 8;  // of a block
