@@ -42,12 +42,15 @@ struct PickedRow {
     return q - background;
   }
 
-  // With what the pass has found, in which every class has the coefficient 1, or 0 if there is no background.
+  // With what the pass has found, in which every class has the coefficient 1, or 0 if there is no background. The
+  // constant becomes a part of the linear terms, which the loss has with the other sign.
   template <typename S>
   CE_HOST_DEVICE RowState<S> complete(RowState<S> classes) const {
     classes.linear *= S(background);
     classes.coefficients *= S(background);
-    return classes.merge({{S(state.exps.max), 0}, S(state.linear), S(state.coefficients)});
+    RowState<S> result = classes.merge({{S(state.exps.max), 0}, S(state.linear), S(state.coefficients)});
+    result.linear -= S(constant);
+    return result;
   }
   CE_HOST_DEVICE T coefficients(int64_t classes) const { return background * T(classes) + state.coefficients; }
   // The same of the gradient of the other classes.

@@ -123,17 +123,26 @@ struct LossPass {
     write_row<int64_t>(p.rank, offset, kept ? details.places[lane].rank : -1);
   }
 
+  // Adds the picks' part to what their rows have.
+  void complete(Tile tile, const TileTargets<A>& targets, Rows& rows) const {
+    for (int lane = 0; lane < tile.rows; ++lane) {
+      if (targets.kept[lane]) {
+        rows.states[lane] = Picks<A>(p, tile.row + lane).row.complete(rows.states[lane]);
+      }
+    }
+  }
+
   // Writes the rows' results and prepares their gradient.
-  Gradient finish(Tile tile, const TileTargets<A>& targets, const Rows& rows) const {
+  Gradient finish(Tile tile, const TileTargets<A>& targets, Rows& rows) const {
+    if (p.picks > 0) {
+      complete(tile, targets, rows);
+    }
     Gradient gradient(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t row = tile.row + lane;
       const int64_t offset = row_offset(p, row, p.row_strides);
-      const bool is_picked = p.picks > 0 && targets.kept[lane];
-      const PickedRow<A>* const picks = is_picked ? &Picks<A>(p, row).row : nullptr;
-      const RowState<double> state = picks ? picks->complete(rows.states[lane]) : rows.states[lane];
-      const double constant = picks ? picks->constant : -0.0;
-      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss) + constant : 0);
+      const RowState<double>& state = rows.states[lane];
+      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss) : 0);
       write_row<A>(p.max, offset, state.exps.max);
       write_row<A>(p.sum, offset, state.exps.sum);
       if (p.linear) {
@@ -148,8 +157,11 @@ struct LossPass {
       }
       if (p.grad.data) {
         const MaxSum<A> exps{A(state.exps.max), A(state.exps.sum)};
-        const auto of_row = make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), {upstream.of(row)});
-        gradient.set(lane, picks ? picks->gradient_of_others(of_row) : of_row);
+        RowGradient<A> of_row = make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), {upstream.of(row)});
+        if (p.picks > 0 && targets.kept[lane]) {
+          of_row = Picks<A>(p, row).row.gradient_of_others(of_row);
+        }
+        gradient.set(lane, of_row);
       }
     }
     return gradient;

@@ -105,11 +105,7 @@ CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target,
     write(p.linear, state.linear);
     write(p.coefficients, state.coefficients);
   }
-  A loss = target.kept ? state.loss(A(p.z_loss)) : A(0);
-  if (kGeneral && p.picks > 0 && target.kept) {
-    loss += Picks<A>(p, row).row.constant;
-  }
-  write(p.loss, loss);
+  write(p.loss, target.kept ? state.loss(A(p.z_loss)) : A(0));
 }
 
 // With the picks' part, where there are any.
