@@ -1,6 +1,6 @@
 """The loss of a model that learns from another one's logits."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -8,9 +8,22 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cross_entropy.functional import prepare_for
-from cross_entropy.options import Call, CallOptions, accumulator_of
+from cross_entropy.options import Call, CallOptions, accumulator_of, shows_options
 
 __all__ = ["distillation_loss", "topk_distillation_loss"]
+
+
+class TaughtOptions(TypedDict, total=False):
+    """Those of a loss that a teacher has too, besides the parameters."""
+
+    valid_classes: int | None
+    softcap: float | None
+    z_loss: float
+    row_weight: Tensor | None
+    divisor: float | Tensor | None
+    empty: Literal["nan", "zero"]
+    loss_dtype: torch.dtype | None
+
 
 # As the enumeration Divergence of csrc/ops.h.
 DIVERGENCES = {"cross_entropy": 1, "kl": 2}
@@ -36,16 +49,18 @@ def _run(
     teacher: Tensor,
     of_rows: tuple[Tensor | None, int],
     temperature: float,
+    divergence: str,
     reduction: str,
     inplace: bool,
     class_dim: int,
-    options: CallOptions,
-    teaching: dict[str, Any],
+    given: TaughtOptions,
+    **teaching: Any,
 ) -> Tensor:
     """What both losses do with their arguments; `of_rows` are target and ignore_index."""
     if type(input) is not Tensor:
         prepare_for(input)
-    divergence = teaching["divergence"]
+    if unknown := given.keys() - TaughtOptions.__annotations__.keys():
+        raise TypeError(f"distillation_loss() got an unexpected keyword argument '{min(unknown)}'")
     if divergence not in DIVERGENCES:
         raise ValueError(f"distillation_loss: divergence must be one of {', '.join(DIVERGENCES)}. Got: {divergence!r}")
     if not isinstance(temperature, (int, float)):
@@ -54,20 +69,19 @@ def _run(
         raise ValueError(f"distillation_loss: temperature must be positive. Got: {temperature}")
     if class_dim not in (1, -1):
         raise ValueError(f"distillation_loss: class_dim must be -1 or 1. Got: {class_dim}")
+    scale = 1.0 / temperature
+    options: CallOptions = {**given, "class_dim": None if class_dim == 1 else -1, "logit_scale": scale}
     target, ignore_index = of_rows
     if target is not None:
-        options["row_weight"] = _weight_of_rows(input, target, ignore_index, options["row_weight"], class_dim)
-    softcap = options["softcap"]
-    options["class_dim"] = None if class_dim == 1 else -1
-    options["logit_scale"] = 1.0 / temperature
+        options["row_weight"] = _weight_of_rows(input, target, ignore_index, given.get("row_weight"), class_dim)
+    softcap = given.get("softcap")
     options["softcap"] = softcap / temperature if isinstance(softcap, (int, float)) else softcap
-    teaching |= {"divergence": DIVERGENCES[divergence]}
-    if "teacher_scale" in teaching:
-        teaching["teacher_scale"] = 1.0 / temperature
-    call = Call(input, teacher, _Reduction.get_enum(reduction), options, **teaching)
-    return call.run(None, -100, 0.0, inplace)
+    number = _Reduction.get_enum(reduction)
+    of_teacher = {"divergence": DIVERGENCES[divergence], "teacher_scale": scale, **teaching}
+    return Call(input, teacher, number, options, **of_teacher).run(None, -100, 0.0, inplace)
 
 
+@shows_options
 def distillation_loss(
     input: Tensor,
     teacher: Tensor,
@@ -80,13 +94,7 @@ def distillation_loss(
     reduction: str = "mean",
     inplace: bool = False,
     class_dim: int = -1,
-    valid_classes: int | None = None,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    row_weight: Tensor | None = None,
-    divisor: float | Tensor | None = None,
-    empty: Literal["nan", "zero"] = "nan",
-    loss_dtype: torch.dtype | None = None,
+    **options: Unpack[TaughtOptions],
 ) -> Tensor:
     r"""How far the softmax of each row of logits is from that of a teacher's logits.
 
@@ -145,33 +153,19 @@ def distillation_loss(
             reduction=reduction,
             inplace=inplace,
             class_dim=class_dim,
-            valid_classes=valid_classes,
-            softcap=softcap,
-            z_loss=z_loss,
-            row_weight=row_weight,
-            divisor=divisor,
-            empty=empty,
-            loss_dtype=loss_dtype,
+            **options,
         )
     if teacher.shape != input.shape:
         raise ValueError(
             f"distillation_loss: teacher must have the shape of the input, {list(input.shape)}. "
             f"Got: {list(teacher.shape)}"
         )
-    options: CallOptions = {
-        "valid_classes": valid_classes,
-        "softcap": softcap,
-        "z_loss": z_loss,
-        "row_weight": row_weight,
-        "divisor": divisor,
-        "empty": empty,
-        "loss_dtype": loss_dtype,
-    }
     of_rows = target, ignore_index
-    teaching = {"divergence": divergence, "reverse": reverse, "teacher_scale": 1.0}
-    return _run(input, teacher, of_rows, temperature, reduction, inplace, class_dim, options, teaching)
+    call = input, teacher, of_rows, temperature, divergence, reduction, inplace, class_dim, options
+    return _run(*call, reverse=reverse)
 
 
+@shows_options
 def topk_distillation_loss(
     input: Tensor,
     indices: Tensor,
@@ -185,13 +179,7 @@ def topk_distillation_loss(
     reduction: str = "mean",
     inplace: bool = False,
     class_dim: int = -1,
-    valid_classes: int | None = None,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    row_weight: Tensor | None = None,
-    divisor: float | Tensor | None = None,
-    empty: Literal["nan", "zero"] = "nan",
-    loss_dtype: torch.dtype | None = None,
+    **options: Unpack[TaughtOptions],
 ) -> Tensor:
     r"""The same from the top of a teacher's softmax: for each row the indices of k classes and their probabilities.
 
@@ -237,25 +225,10 @@ def topk_distillation_loss(
             reduction=reduction,
             inplace=inplace,
             class_dim=class_dim,
-            valid_classes=valid_classes,
-            softcap=softcap,
-            z_loss=z_loss,
-            row_weight=row_weight,
-            divisor=divisor,
-            empty=empty,
-            loss_dtype=loss_dtype,
+            **options,
         )
     if rest not in ("drop", "spread"):
         raise ValueError(f"topk_distillation_loss: rest must be 'drop' or 'spread'. Got: {rest!r}")
-    options: CallOptions = {
-        "valid_classes": valid_classes,
-        "softcap": softcap,
-        "z_loss": z_loss,
-        "row_weight": row_weight,
-        "divisor": divisor,
-        "empty": empty,
-        "loss_dtype": loss_dtype,
-    }
     of_rows = target, ignore_index
-    teaching = {"divergence": divergence, "picked": probabilities, "spreads": rest == "spread"}
-    return _run(input, indices, of_rows, temperature, reduction, inplace, class_dim, options, teaching)
+    call = input, indices, of_rows, temperature, divergence, reduction, inplace, class_dim, options
+    return _run(*call, picked=probabilities, spreads=rest == "spread")

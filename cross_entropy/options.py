@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -66,12 +66,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def shows_options(function: F) -> F:
     """Lets the signature of a function of ``**options`` name them. As parameters they would cost every call time."""
     signature = inspect.signature(function)
-    *parameters, _ = signature.parameters.values()
+    *parameters, options = signature.parameters.values()
+    annotations = get_args(options.annotation)[0].__annotations__
     parameters += [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=CallOptions.__annotations__[name]
-        )
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotations[name])
         for name, default in DEFAULTS.items()
+        if name in annotations
     ]
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function

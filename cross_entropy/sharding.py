@@ -115,8 +115,6 @@ class Call:
         self.inputs["full_precision"] = True
         self.shard = sharding.shard(logits.shape[sharding.class_dim], given["valid_classes"])
         if self.shard:
-            for name in ("valid_classes", "first_class"):
-                del self.inputs[name]
             self.inputs["all_classes"] = self.shard.total
         self.scale_is_distributed = isinstance(given["logit_scale_tensor"], DTensor)
         if self.reduction == MEAN and given["divisor"] is None and given["divisor_tensor"] is None:
@@ -151,9 +149,8 @@ class Call:
     def backward_of_shard(self, operator: Any, shard: parallel.Shard, rows: Sequence[Tensor]) -> Any:
         grad_loss, grad_lse = self.backward_inputs["grad_loss"], self.backward_inputs["grad_lse"]
         if grad_loss is None:
-            grad_loss = torch.ones_like(rows[0][:1].sum())
-        inputs = {name: value for name, value in self.inputs.items() if name != "all_classes"}
-        return parallel.backward(operator, shard, grad_loss, grad_lse, rows, **inputs)
+            grad_loss = rows[0].new_ones(())
+        return parallel.backward(operator, shard, grad_loss, grad_lse, rows, **self.inputs)
 
     # Wherever they are.
 

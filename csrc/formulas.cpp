@@ -189,7 +189,7 @@ Tensor loss_of_picks(const Inputs& in) {
   const int64_t dim = class_dim(in.logits);
   const Tensor z = transformed(valid(in.logits, dim, in).to(acc), in);
   const Tensor q = in.picked->to(acc), index = in.target.to(at::kLong).clamp(0, z.sym_size(dim) - 1);
-  const Tensor distances = at::logsumexp(z, dim, /*keepdim=*/true) - z;
+  const Tensor lse = at::logsumexp(z, dim, /*keepdim=*/true), distances = lse - z;
   const c10::SymInt others = z.sym_size(dim) - index.sym_size(dim);
   Tensor rows = distances.gather(dim, index), background;
   if (in.options.spreads && others > 0) {
@@ -202,8 +202,8 @@ Tensor loss_of_picks(const Inputs& in) {
     rows = rows + at::xlogy(q, q).sum(dim);
     rows = background.defined() ? rows + (at::xlogy(background, background) * at::Scalar(others)).squeeze(dim) : rows;
   }
-  return in.options.z_loss == 0 ? reduce(rows, in)
-                                : reduce(rows + in.options.z_loss * at::logsumexp(z, dim).square(), in);
+  rows = in.options.z_loss == 0 ? rows : rows + in.options.z_loss * lse.squeeze(dim).square();
+  return reduce(rows, in);
 }
 
 Tensor loss(const Inputs& in) {

@@ -37,6 +37,7 @@ struct Picks {
 template <typename T>
 struct PickTag {
   using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
   CE_HOST_DEVICE static void write(T* place, int64_t j) {
     const Bits bits = static_cast<Bits>(j);
     std::memcpy(place, &bits, sizeof(bits));

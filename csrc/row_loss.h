@@ -128,17 +128,6 @@ struct RowState {
   }
 };
 
-// The rows of shards are merged in their order, on every backend alike. `states` are those of one row, `apart` elements
-// from one number to the next.
-template <typename T>
-CE_HOST_DEVICE RowState<T> merge_states(const T* states, int64_t shards, int64_t apart) {
-  RowState<T> row;
-  for (int64_t shard = 0; shard < shards; ++shard, states += 4 * apart) {
-    row = row.merge({{states[0], states[apart]}, states[2 * apart], states[3 * apart]});
-  }
-  return row;
-}
-
 // ln p of a logit.
 template <typename T>
 CE_HOST_DEVICE T log_probability(const MaxSum<T>& exps, T logit) {

@@ -184,10 +184,7 @@ void divergence_gradient_classes(const Problem& p, Tile tile, const TileTargets<
   const Vec<A> tilt = spread<A, kAlong>(rows.tilt) * own.transform.scale;
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream) * own.transform.scale;
   const Vec<A> kappa = broadcast(A(p.kappa));
-  typename Simd<A>::Mask kept;
-  for (int lane = 0; lane < kLanes<A>; ++lane) {
-    kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
-  }
+  const auto kept = kept_lanes<A, kAlong>(tile, targets);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
   const bool dense = kAlong && own.view.class_stride == 1 && other.view.class_stride == 1 && grad.class_stride == 1;
   const bool may_stream = p.streams_grad && p.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedRow;

@@ -519,6 +519,16 @@ void place(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& t
   (along ? place_classes<T, true> : place_classes<T, false>)(p, tile, targets, begin, end, places, logits_of_targets);
 }
 
+// The lanes whose rows are kept. Along a row nobody asks who has not kept it.
+template <typename A, bool kAlong>
+CE_INLINE typename Simd<A>::Mask kept_lanes(Tile tile, const TileTargets<A>& targets) {
+  typename Simd<A>::Mask kept;
+  for (int lane = 0; lane < kLanes<A>; ++lane) {
+    kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
+  }
+  return kept;
+}
+
 // The per-row values of a tile as vectors: the one row's in every lane, or each lane its row's.
 template <typename A, bool kAlong>
 CE_INLINE Vec<A> spread(const A (&rows)[kMaxLanes]) {
@@ -559,10 +569,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
       spread<A, kAlong>(rows.log_prob) * transform.scale;
   store(target_grad, capped(transform, target_element, z_target));
 
-  typename Simd<A>::Mask kept;
-  for (int lane = 0; lane < kLanes<A>; ++lane) {
-    kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
-  }
+  const auto kept = kept_lanes<A, kAlong>(tile, targets);
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
   constexpr int kSize = 4;
   const int lanes = kAlong ? kLanes<A> : tile.rows;
@@ -766,10 +773,7 @@ void logit_scale_gradient_classes(const Problem& p, Tile tile, const TileTargets
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> scale = spread<A, kAlong>(rows.scale);
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream);
-  typename Simd<A>::Mask kept;
-  for (int lane = 0; lane < kLanes<A>; ++lane) {
-    kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
-  }
+  const auto kept = kept_lanes<A, kAlong>(tile, targets);
   const Vec<A> tilt = spread<A, kAlong>(rows.tilt);
   Vec<A> total = {};
   for (int64_t c = begin; c < end; c += kClassStep<A, kAlong>) {

@@ -1,5 +1,6 @@
 // The results of rows whose classes lie in shards.
 
+#include "../shards.h"
 #include "launch.cuh"
 
 namespace ce::cuda {
@@ -10,14 +11,9 @@ constexpr int kMergeThreads = 256;
 template <typename A>
 __global__ void __launch_bounds__(kMergeThreads) merge_rows(const __grid_constant__ Shards s) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
-  if (row >= s.rows) {
-    return;
+  if (row < s.rows) {
+    merge_row<A>(s, row);
   }
-  const RowState<A> state = merge_states(static_cast<const A*>(s.states) + row, s.shards, s.rows);
-  static_cast<A*>(s.loss)[row] = state.loss(static_cast<A>(s.z_loss));
-  static_cast<A*>(s.max)[row] = state.exps.max;
-  static_cast<A*>(s.sum)[row] = state.exps.sum;
-  static_cast<A*>(s.coefficients)[row] = state.coefficients;
 }
 
 }  // namespace
