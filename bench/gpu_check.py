@@ -1,10 +1,11 @@
 """Proves the CUDA kernels on this machine's GPU: `make gpu-check`.
 
-Builds for the GPU, runs the tests on it, runs the kernels under compute-sanitizer, and measures them; `python -m
-bench.gpu_check tests measure` does only what it names. What passed, what was measured and where is written to
-bench/results/<GPU>.json, beside what the file already has of the same commit; a short table comes last. Bandwidths
-count the bytes that have to move, N·V·size for forward and twice that for backward and for forward with the gradient,
-as a share of a device-to-device copy's in the same turns.
+Builds for the GPU, runs the tests on it and the kernels under compute-sanitizer, side by side, and measures them;
+`python -m bench.gpu_check tests measure` does only what it names. Where pytest-xdist is installed, PYTEST_ADDOPTS="-n
+6" makes the tests faster. What passed, what was measured and where is written to bench/results/<GPU>.json, beside what
+the file already has of the same commit; a short table comes last. Bandwidths count the bytes that have to move,
+N·V·size for forward and twice that for backward and for forward with the gradient, as a share of a device-to-device
+copy's in the same turns.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,30 @@ from rich.table import Table
 from .shapes import DTYPES, shapes_of
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["autograd", "compatibility", "cross_entropy", "cuda", "deferred_errors", "errors", "operators"]
-TESTS += ["special_values", "torch_samples"]
-STEPS = ["build", "tests", "memcheck", "racecheck", "synccheck", "initcheck", "measure"]
+TESTS = ["autograd", "cross_entropy", "cuda", "deferred_errors", "distillation", "errors", "large_gradients"]
+TESTS += ["operators", "options", "parallel", "row_stats", "special_values", "torch_samples"]
+SANITIZERS = ["memcheck", "racecheck", "synccheck", "initcheck"]
+STEPS = ["build", "tests", "compatibility", *SANITIZERS, "measure"]
 MEASURED = ["bfloat16", "float16", "float32"]
 
 
 def run(name: str, *command: str, **environment: str) -> dict[str, Any]:
+    """Runs a command, whose output goes to build/gpu-check."""
     print(f"{name} …", flush=True)
     started = time.perf_counter()
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    log = ROOT / "build/gpu-check" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        status = subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
     seconds = time.perf_counter() - started
-    output = (result.stdout + result.stderr).strip()
-    print(f"{name}: {'passed' if result.returncode == 0 else 'FAILED'} in {seconds:.0f} s", flush=True)
-    if result.returncode != 0:
+    output = log.read_text().strip()
+    print(f"{name}: {'passed' if status == 0 else 'FAILED'} in {seconds:.0f} s", flush=True)
+    if status != 0:
         print(output[-6000:], flush=True)
     last = output.splitlines()[-1] if output else ""
-    return {"name": name, "passed": result.returncode == 0, "seconds": round(seconds), "last_line": last}
+    return {"name": name, "passed": status == 0, "seconds": round(seconds), "last_line": last}
 
 
 def check(step: str) -> dict[str, Any]:
@@ -49,13 +58,13 @@ def check(step: str) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability()
         build = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "CROSS_ENTROPY_CUDA": "1"}
         return run(step, sys.executable, "setup.py", "-q", "build_ext", "--inplace", **build)
-    if step == "tests":
-        files = [f"tests/test_{name}.py" for name in TESTS]
+    if step in ("tests", "compatibility"):
+        files = [f"tests/test_{name}.py" for name in (TESTS if step == "tests" else [step])]
         return run(step, sys.executable, "-m", "pytest", *files, CROSS_ENTROPY_TEST_DEVICE="cuda")
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     regimes = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-k", "test_regimes"]
     # Each allocation by itself shows accesses beyond it.
-    options = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    options = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_ADDOPTS": ""}
     return run(step, sanitizer, "--tool", step, "--error-exitcode", "1", *regimes, **options)
 
 
@@ -71,11 +80,12 @@ def main() -> None:
         sys.exit("gpu-check needs a GPU and a torch with CUDA: torch.cuda.is_available() is false")
 
     checks: list[dict[str, Any]] = []
-    for step in STEPS:
-        if step in chosen and step != "measure":
-            checks.append(check(step))
-            if step == "build" and not checks[-1]["passed"]:
-                sys.exit(1)
+    if "build" in chosen:
+        checks.append(check("build"))
+        if not checks[-1]["passed"]:
+            sys.exit(1)
+    with ThreadPoolExecutor(len(STEPS)) as pool:
+        checks += pool.map(check, [step for step in STEPS if step in chosen and step not in ("build", "measure")])
     from .machine import provenance  # imports what has just been built
     from .operators import measure
     from .results import Case

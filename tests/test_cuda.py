@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # A warp or less for a row, a block, a cluster (with the gradient), few rows shared by blocks, classes across rows.
 SHAPES = [(33, 100), (9, 1001), (17, 5000), (5, 131072), (1, 300001), (3, 21, 65)]
-SUM = torch.nn._reduction.get_enum("sum")
+NONE, SUM = (torch.nn._reduction.get_enum(name) for name in ("none", "sum"))
 LONG = 1 << 28  # cycles that a kernel waits, so that whoever does not wait for it comes too early
 
 
@@ -64,6 +64,45 @@ def test_regimes(dtype, shape):
     weight = torch.rand(shape[1], device="cuda").to(dtype).requires_grad_()
     loss = cross_entropy.cross_entropy(logits, probabilities, weight)
     torch.autograd.grad(loss, [logits, probabilities, weight])
+    cross_entropy.check_errors()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_regimes_beyond_torch(dtype, shape):
+    """The kernels of the options, the outputs, the teachers and the shards, likewise; other tests have the values."""
+    logits, target = make(shape, dtype)
+    classes, rows = shape[1], target.shape
+    logit_scale = torch.tensor(0.5, device="cuda", requires_grad=True)
+    options = {"z_loss": 0.1, "softcap": 20.0, "logit_scale": logit_scale, "valid_classes": classes - 1}
+    loss = cross_entropy.cross_entropy(logits, target.clamp(max=classes - 2), **options)
+    torch.autograd.grad(2 * loss, [logits, logit_scale])
+    outputs = ("loss", "log_prob", "entropy", "argmax", "rank")
+    loss, log_prob, entropy, argmax, _ = cross_entropy.row_stats(logits, target, outputs=outputs)
+    assert torch.equal(logits.gather(1, argmax.unsqueeze(1)).squeeze(1), logits.amax(1))
+    torch.autograd.grad(loss.sum() + log_prob.sum() + entropy.sum(), logits)
+
+    teacher = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+    for reverse in (False, True):
+        loss = cross_entropy.distillation_loss(logits, teacher, target, reverse=reverse, class_dim=1)
+        torch.autograd.grad(loss, logits)
+        loss = cross_entropy.distillation_loss(logits, teacher, reverse=reverse, class_dim=1)
+        torch.autograd.grad(loss, [logits, teacher])
+    indices = torch.randint(classes, (*rows, 5), device="cuda").movedim(-1, 1)
+    probabilities = torch.rand(indices.shape, device="cuda").to(dtype) / 5
+    for rest in ("drop", "spread"):
+        loss = cross_entropy.topk_distillation_loss(logits, indices, probabilities, rest=rest, class_dim=1)
+        torch.autograd.grad(loss, logits)
+
+    whole = cross_entropy.cross_entropy(logits, target, reduction="none")
+    first, states = 0, []
+    for part in logits.detach().split([classes // 3, classes - classes // 3], dim=1):
+        place = {"first_class": first, "all_classes": classes}
+        states.append(torch.ops.cross_entropy.shard_state(True, part, target, None, NONE, -100, 0.0, **place))
+        first += part.shape[1]
+    merged = torch.ops.cross_entropy.merge_shards(torch.stack(states), 0.0)[0].to(dtype)
+    relative = 1e-14 if dtype == torch.float64 else max(2 * torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(merged, whole.detach(), rtol=relative, atol=0)
     cross_entropy.check_errors()
 
 
@@ -155,7 +194,7 @@ def test_a_graph_reports_bad_targets_at_each_replay():
 def test_same_bits_every_time(shape):
     logits, target = make(shape)
     loss, grad = loss_and_grad(logits, target)
-    for _ in range(30):
+    for _ in range(100):
         again, grad_again = loss_and_grad(logits, target)
         assert torch.equal(again, loss) and torch.equal(grad_again, grad)
 
