@@ -283,7 +283,13 @@ struct LossBackward : Node {
     TORCH_CHECK_NOT_IMPLEMENTED(!replaces_logits, "cross_entropy: inplace=True does not work with compiled autograd");
     for_each_variable([&](SavedVariable& variable) { stand_ins.before(variable); });
     const Tensor kept = std::exchange(grad, {});  // the inputs of the trace have no shape that it could be scaled by
-    variable_list outputs = apply(variable_list(inputs));
+    variable_list grads(inputs);
+    for (const auto i : c10::irange(grads.size())) {
+      if (grads[i].defined()) {  // torch has its stand-ins for gradients on the CPU, wherever they will be
+        grads[i] = grads[i].to(input_metadata(i).device());
+      }
+    }
+    variable_list outputs = apply(std::move(grads));
     grad = kept;
     for_each_variable([&](SavedVariable& variable) { stand_ins.after(variable); });
     return outputs;

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
@@ -224,6 +225,18 @@ def test_compiled_backward_scales_in_place():
     backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep)
     torch.compile(cross_entropy.cross_entropy, backend=backend, fullgraph=True)(logits, target).backward()
     assert "aten.mul.Tensor" not in graphs[1]
+
+
+def test_compiled_autograd_of_another_device():
+    """It traces with stand-ins for gradients that are on the CPU wherever the tensors are: here on meta."""
+    logits = torch.randn(6, 9, device="meta", requires_grad=True)
+    target = torch.zeros(6, dtype=torch.int64, device="meta")
+    losses = [cross_entropy.cross_entropy(logits, target, reduction=reduction) for reduction in ("mean", "none")]
+    for outputs in (("loss", "logsumexp"), ("log_prob", "entropy")):
+        losses += cross_entropy.row_stats(logits, target, outputs=outputs)
+    with compiled_autograd._enable(lambda graph: graph):
+        sum(2 * loss.sum() for loss in losses).backward()
+    assert logits.grad.shape == logits.shape
 
 
 # torch.export: another batch than the one that it was traced with.
