@@ -1,11 +1,11 @@
 """Proves the CUDA kernels on this machine's GPU: `make gpu-check`.
 
 Builds for the GPU, runs the tests on it and the kernels under compute-sanitizer, side by side, and measures them;
-`python -m bench.gpu_check tests measure` does only what it names. Where pytest-xdist is installed, PYTEST_ADDOPTS="-n
-6" makes the tests faster. What passed, what was measured and where is written to bench/results/<GPU>.json, beside what
-the file already has of the same commit; a short table comes last. Bandwidths count the bytes that have to move,
-N·V·size for forward and twice that for backward and for forward with the gradient, as a share of a device-to-device
-copy's in the same turns.
+`python -m bench.gpu_check tests measure` does only what it names. Where pytest-xdist is installed, PYTEST_ADDOPTS="-n 6
+--dist loadgroup" makes the tests faster. What passed, what was measured and where is written to
+bench/results/<GPU>.json, beside what the file already has of the same commit; a short table comes last. Bandwidths
+count the bytes that have to move, N·V·size for forward and twice that for backward and for forward with the gradient,
+as a share of a device-to-device copy's in the same turns.
 """
 
 import argparse
@@ -58,13 +58,14 @@ def check(step: str) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability()
         build = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "CROSS_ENTROPY_CUDA": "1"}
         return run(step, sys.executable, "setup.py", "-q", "build_ext", "--inplace", **build)
+    on_gpu = {"CROSS_ENTROPY_TEST_DEVICE": "cuda"}
     if step in ("tests", "compatibility"):
         files = [f"tests/test_{name}.py" for name in (TESTS if step == "tests" else [step])]
-        return run(step, sys.executable, "-m", "pytest", *files, CROSS_ENTROPY_TEST_DEVICE="cuda")
+        return run(step, sys.executable, "-m", "pytest", *files, **on_gpu)
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     regimes = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-k", "test_regimes"]
     # Each allocation by itself shows accesses beyond it.
-    options = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_ADDOPTS": ""}
+    options = on_gpu | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_ADDOPTS": ""}
     return run(step, sanitizer, "--tool", step, "--error-exitcode", "1", *regimes, **options)
 
 

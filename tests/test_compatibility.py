@@ -8,7 +8,13 @@ from tests.compatibility.distributed import errors_of_ranks
 from tests.device import DEVICE
 
 
-@pytest.mark.parametrize("way, option", cells(in_processes=False))
+def grouped(way, option):
+    """All options are compiled into one package, by processes side by side into the same files of a cache."""
+    together = [pytest.mark.xdist_group("AOTInductor")] if way == "AOTInductor package" else []
+    return pytest.param(way, option, marks=together)
+
+
+@pytest.mark.parametrize("way, option", [grouped(*cell) for cell in cells(in_processes=False)])
 def test_way(way, option):
     if not WAYS[way].runs_here:
         pytest.skip("needs a GPU")

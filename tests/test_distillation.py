@@ -485,15 +485,19 @@ def test_dtypes_are_promoted():
         torch.testing.assert_close(loss, distillation_loss(input.float(), teacher.float()))
 
 
+# Torch.compile does not know of the tests' default device.
+
+
 def distill(x):
-    target = torch.tensor([1, 2, -100, 4, 5, 6])
-    teacher = torch.linspace(-3, 3, 54).view(6, 9)
+    target = torch.tensor([1, 2, -100, 4, 5, 6], device=x.device)
+    teacher = torch.linspace(-3, 3, 54, device=x.device).view(6, 9)
     return distillation_loss(x * 2, teacher, target, temperature=2.0, softcap=5.0, reverse=True)
 
 
 def distill_topk(x):
-    indices = torch.arange(12).view(6, 2) % 9
-    return topk_distillation_loss(x * 2, indices, torch.full((6, 2), 0.4), rest="spread", temperature=2.0)
+    indices = torch.arange(12, device=x.device).view(6, 2) % 9
+    probabilities = torch.full((6, 2), 0.4, device=x.device)
+    return topk_distillation_loss(x * 2, indices, probabilities, rest="spread", temperature=2.0)
 
 
 @pytest.mark.parametrize("step", [distill, distill_topk])
