@@ -56,7 +56,13 @@ CE_HOST_DEVICE int64_t divide(int64_t n, const Divider& by) {
 
 // The offset of a row in an operand. Rows are numbered along the grid, its last dimension fastest.
 CE_HOST_DEVICE int64_t row_offset(const Problem& p, int64_t row, const int64_t (&strides)[kMaxDims]) {
+  if (p.dims <= 1) {
+    return row * strides[0];
+  }
   int64_t offset = 0;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
   for (int d = p.dims - 1; d > 0; --d) {
     const int64_t rest = divide(row, p.dividers[d]);
     offset += (row - rest * p.sizes[d]) * strides[d];

@@ -10,12 +10,15 @@ namespace {
 template <typename Walk>
 CE_DEVICE Acc<typename Walk::Element> sum_of_coefficients(const Plan& plan, const Walk& walk,
                                                           const Coefficients<typename Walk::Element>& coefficients,
-                                                          int lane) {
+                                                          const Seat& seat) {
   using T = typename Walk::Element;
   using A = Acc<T>;
   RowState<A> state;
   const auto nothing = [](int64_t, int) { return Piece<T, Walk::kSize>(); };
-  for_each_piece<1>(walk, lane, plan.lanes, nothing, [&](int64_t c, const auto& piece) {
+  Seat of_block = seat;  // each block sums up the whole row
+  of_block.rank = seat.lane;
+  of_block.bits = log2_of(plan.lanes);
+  for_each_piece<1>(walk, of_block, nothing, [&](int64_t c, const auto& piece) {
     A a[std::decay_t<decltype(piece)>::kSize];
     coefficients.read(c, a);
     for (const A coefficient : a) {
@@ -28,14 +31,14 @@ CE_DEVICE Acc<typename Walk::Element> sum_of_coefficients(const Plan& plan, cons
 template <bool kGeneral, typename Walk, typename A = Acc<typename Walk::Element>>
 CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int64_t row, const RowTarget<A>& target,
                                          const Walk& walk, const Coefficients<typename Walk::Element>& coefficients,
-                                         int lane) {
+                                         const Seat& seat) {
   A sum = target.coefficient;
   if (kGeneral && p.picks > 0) {
     sum = target.kept ? Picks<A>(p, row).row.coefficients(p.classes) : A(0);
   } else if (p.coefficients) {
     sum = static_cast<const A*>(p.coefficients)[row_offset(p, row, p.row_strides)];
   } else if constexpr (kGeneral) {
-    sum += sum_of_coefficients(plan, walk, coefficients, lane);
+    sum += sum_of_coefficients(plan, walk, coefficients, seat);
   }
   RowUpstream<A> upstream;
   upstream.loss = target.kept ? upstream_of<A>(p, row) : A(0);
@@ -51,7 +54,7 @@ CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int
 }
 
 template <typename Walk, bool kGeneral>
-__global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2>)
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2 * kGeneral>)
     logits_gradient(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   using T = typename Walk::Element;
   using A = Acc<T>;
@@ -63,17 +66,21 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     const RowTarget<A> target = exists ? target_of<kGeneral, A>(p, row, index_of(p, row)) : RowTarget<A>();
     const bool kept = target.kept || reaches_ignored_rows(p);
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);
-    const Coefficients<T> coefficients(p, row);
-    const RowGradient<A> gradient = gradient_of_row<kGeneral>(p, plan, row, target, walk, coefficients, seat.lane);
-    const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
-    const auto read = [&](int64_t c, int) {
-      return kept ? walk.template read<Walk::kSize>(c) : Piece<T, Walk::kSize>();
+    const Coefficients<T> coefficients(p, row, walk);
+    const RowGradient<A> gradient = gradient_of_row<kGeneral>(p, plan, row, target, walk, coefficients, seat);
+    const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride,
+                            walk);
+    if (!kept) {
+      write_zeros(walk, seat, grad);
+      continue;
+    }
+    const auto write = [&](int64_t c, const auto& piece) {
+      write_gradient<kGeneral>(grad, c, piece, target, coefficients, transform, gradient);
     };
+    const TargetPlace<Walk> place(walk, seat, target.index);
     for_each_piece<kGeneral ? 2 : Walk::kBatch>(
-        walk, seat.block * plan.lanes + seat.lane, int64_t{plan.blocks} * plan.lanes, read,
-        [&](int64_t c, const auto& piece) {
-          write_gradient<kGeneral>(grad, c, piece, kept, target, coefficients, transform, gradient);
-        });
+        walk, seat, [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); }, write);
+    place.write(write);
   }
 }
 
@@ -91,17 +98,17 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     const MaxSum<A> exps = exps_of<A>(p, row);
     const A log_sum = exps.log_sum();
     const A factor = upstream_of<A>(p, row) * keep;
-    const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
-    for_each_piece(walk, seat.block * plan.lanes + seat.lane, int64_t{plan.blocks} * plan.lanes,
-                   [&](int64_t c, const auto& piece) {
-                     constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
-                     A values[kSize];
-                     unpack_logits<true>(piece, transform, values);
-                     for (int i = 0; i < kSize; ++i) {
-                       values[i] = factor * class_weight<A>(p, c + i) * (log_sum - (values[i] - exps.max));
-                     }
-                     grad.write(c, pack<T, kSize>(values));
-                   });
+    const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride,
+                            walk);
+    for_each_piece(walk, seat, [&](int64_t c, const auto& piece) {
+      constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
+      A values[kSize];
+      unpack_logits<true>(piece, transform, values);
+      for (int i = 0; i < kSize; ++i) {
+        values[i] = factor * class_weight<A>(p, c + i) * (log_sum - (values[i] - exps.max));
+      }
+      grad.write(c, pack<T, kSize>(values));
+    });
   }
 }
 
@@ -168,27 +175,29 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
-    const RowTarget<A> target = exists ? RowTarget<A>(p, index_of(p, row)) : RowTarget<A>();
+    const RowTarget<A> target = exists ? target_of<true, A>(p, row, index_of(p, row)) : RowTarget<A>();
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);
     const bool kept = exists && (target.kept || reaches_ignored_rows(p));
-    const Coefficients<T> coefficients(p, row);
-    const RowGradient<A> gradient = gradient_of_row<true>(p, plan, row, target, walk, coefficients, seat.lane);
-    const auto read = [&](int64_t c, int) {
-      return kept ? walk.template read<Walk::kSize>(c) : Piece<T, Walk::kSize>();
-    };
-    for_each_piece<2>(walk, seat.block * plan.lanes + seat.lane, int64_t{plan.blocks} * plan.lanes, read,
-                      [&](int64_t c, const auto& piece) {
-                        constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
-                        A x[kSize], z[kSize], values[kSize];
-                        unpack(piece, x);
-                        unpack_logits<true>(piece, transform, z);
-                        gradient_of_logits<true>(c, z, target, coefficients, gradient, values);
-                        A sum = 0;
-                        CE_UNROLL for (int i = 0; i < kSize; ++i) {
-                          sum += values[i] * (transform.cap > 0 ? transform.slope(z[i]) : A(1)) * x[i];
-                        }
-                        total += kept ? sum : A(0);
-                      });
+    const Coefficients<T> coefficients(p, row, walk);
+    const RowGradient<A> gradient = gradient_of_row<true>(p, plan, row, target, walk, coefficients, seat);
+    if (!kept) {
+      continue;
+    }
+    for_each_piece<2>(
+        walk, seat, [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); },
+        [&](int64_t c, const auto& piece) {
+          constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
+          A x[kSize], z[kSize], values[kSize];
+          unpack(piece, x);
+          unpack_logits<true>(piece, transform, z);
+          gradient_of_logits<true>(c, z, coefficients, gradient, values);
+          add_target(c, target, gradient, values);
+          A sum = 0;
+          CE_UNROLL for (int i = 0; i < kSize; ++i) {
+            sum += values[i] * (transform.cap > 0 ? transform.slope(z[i]) : A(1)) * x[i];
+          }
+          total += sum;
+        });
   }
   total = sum_of_lanes(total, kWarp);
   if (threadIdx.x % kWarp == 0) {

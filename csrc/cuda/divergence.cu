@@ -39,8 +39,10 @@ class TeacherRow {
  public:
   using A = Acc<T>;
 
-  CE_DEVICE TeacherRow(const Problem& p, int64_t row)
-      : elements_(static_cast<const T*>(p.target.data) + row_offset(p, row, p.target.strides), p.target.class_stride),
+  template <typename Walk>
+  CE_DEVICE TeacherRow(const Problem& p, int64_t row, const Walk& walk)
+      : elements_(static_cast<const T*>(p.target.data) + row_offset(p, row, p.target.strides), p.target.class_stride,
+                  walk),
         scale_(A(p.teacher_scale)) {}
 
   template <int kSize>
@@ -76,10 +78,10 @@ CE_DEVICE void finish(const Problem& p, int64_t row, const RowDivergence<A>& div
 }
 
 // The gradient of the given logits or, `of_teacher`, of the teacher's, of which z and t are pieces as the formulas have
-// them; 0 where the row is not read.
+// them.
 template <typename T, int kSize, typename A = Acc<T>>
 CE_DEVICE void write_gradient(const Problem& p, const Companion<T>& grad, int64_t c, const A (&z)[kSize],
-                              const A (&t)[kSize], bool of_teacher, bool is_read, const LogitTransform<A>& transform,
+                              const A (&t)[kSize], bool of_teacher, const LogitTransform<A>& transform,
                               const DivergenceGradient<A>& row) {
   const bool is_of = of_teacher != p.reverse;
   const A kappa = A(p.kappa);
@@ -91,7 +93,7 @@ CE_DEVICE void write_gradient(const Problem& p, const Companion<T>& grad, int64_
                     : row.element_from(exp, exponential(v), row.scale, row.upstream);
     value *= transform.scale;
     value = transform.cap > 0 ? value * transform.slope(z[i]) : value;
-    values[i] = is_read ? value : A(0);
+    values[i] = value;
   }
   grad.write(c, pack<T, kSize>(values));
 }
@@ -108,8 +110,6 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
       reinterpret_cast<RowDivergence<A>*>(static_cast<Whole*>(shared_memory()) + plan.kept * plan.threads);
 
   const Seat seat = Walk::seat(plan);
-  const int64_t rank = seat.block * plan.lanes + seat.lane;
-  const int64_t ranks = static_cast<int64_t>(plan.blocks) * plan.lanes;
   // Every thread goes through every turn, with or without a row: the reductions need it.
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     const bool is_read = exists && counts<A>(p, row);
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
                     is_read ? p.classes : 0);
-    const TeacherRow<T> teacher(p, row);
+    const TeacherRow<T> teacher(p, row, walk);
     RowDivergence<A> state;
     state.kappa = A(p.kappa);
     const auto read = [&](int64_t c, int turn) {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
       }
       return whole;
     };
-    for_each_piece<2>(walk, rank, ranks, read, [&](int64_t c, const auto& piece) {
+    for_each_piece<2>(walk, seat, read, [&](int64_t c, const auto& piece) {
       constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
       A z[kSize], t[kSize];
       unpack_logits<true>(piece, transform, z);
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
       }
       continue;
     }
-    if (rank == 0 && exists) {
+    if (seat.rank == 0 && exists) {
       finish(p, row, state);
     }
     if (p.grad.data) {
@@ -152,19 +152,25 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
       const DivergenceGradient<A> gradient =
           divergence_gradient_of<A>(p, state.logits(p.reverse), state.teacher(p.reverse), state.mean(),
                                     is_read ? upstream_of<A>(p, row) : A(0), /*of_teacher=*/false);
-      const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
+      const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride,
+                              out);
       const auto read_again = [&](int64_t c, int turn) {
-        return plan.kept > 0 ? kept[turn * plan.threads] : is_read ? out.template read<Walk::kSize>(c) : Whole();
+        return plan.kept > 0 ? kept[turn * plan.threads] : out.template read<Walk::kSize>(c);
       };
-      for_each_piece<1>(out, rank, ranks, read_again, [&](int64_t c, const auto& piece) {
-        constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
-        A z[kSize], t[kSize] = {};
-        unpack_logits<true>(piece, transform, z);
-        if (is_read) {
+      if (is_read) {
+        for_each_piece<1>(out, seat, read_again, [&](int64_t c, const auto& piece) {
+          constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
+          A z[kSize], t[kSize];
+          unpack_logits<true>(piece, transform, z);
           teacher.read(c, t);
-        }
-        write_gradient<T>(p, grad, c, z, t, /*of_teacher=*/false, is_read, transform, gradient);
-      });
+          write_gradient<T>(p, grad, c, z, t, /*of_teacher=*/false, transform, gradient);
+        });
+      } else {
+        write_zeros(out, seat, grad);
+      }
+    }
+    if (plan.cluster) {
+      leave_cluster();
     }
   }
 }
@@ -201,26 +207,27 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
   for (int64_t row = first_row(plan) + seat.row; row < p.rows; row += row_step(plan)) {
     const bool is_read = counts<A>(p, row);
     const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, p.classes);
-    const TeacherRow<T> teacher(p, row);
+    const TeacherRow<T> teacher(p, row, walk);
     const int64_t offset = row_offset(p, row, p.row_strides);
     const auto value = [&](const void* rows) { return static_cast<const A*>(rows)[offset]; };
     const DivergenceGradient<A> gradient =
         divergence_gradient_of<A>(p, {value(p.max), value(p.sum)}, {value(p.teacher_max), value(p.teacher_sum)},
                                   value(p.mean), is_read ? upstream_of<A>(p, row) : A(0), of_teacher);
-    const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
-    const auto read = [&](int64_t c, int) {
-      return is_read ? walk.template read<Walk::kSize>(c) : Piece<T, Walk::kSize>();
-    };
-    for_each_piece<2>(walk, seat.block * plan.lanes + seat.lane, int64_t{plan.blocks} * plan.lanes, read,
-                      [&](int64_t c, const auto& piece) {
-                        constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
-                        A z[kSize], t[kSize] = {};
-                        unpack_logits<true>(piece, transform, z);
-                        if (is_read) {
-                          teacher.read(c, t);
-                        }
-                        write_gradient<T>(p, grad, c, z, t, of_teacher, is_read, own_transform, gradient);
-                      });
+    const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride,
+                            walk);
+    if (!is_read) {
+      write_zeros(walk, seat, grad);
+      continue;
+    }
+    for_each_piece<2>(
+        walk, seat, [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); },
+        [&](int64_t c, const auto& piece) {
+          constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
+          A z[kSize], t[kSize];
+          unpack_logits<true>(piece, transform, z);
+          teacher.read(c, t);
+          write_gradient<T>(p, grad, c, z, t, of_teacher, own_transform, gradient);
+        });
   }
 }
 

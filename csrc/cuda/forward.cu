@@ -40,6 +40,42 @@ CE_DEVICE void push(Any& any, const A (&z)[kSize]) {
   state.exps.sum += sum;
 }
 
+// The first `count` pieces of a batch, logits of the formula as they are.
+template <typename T, int kSize, int kBatch, typename Count>
+CE_DEVICE void push_batch(MaxSum<Acc<T>>& exps, const Piece<T, kSize> (&batch)[kBatch], Count count) {
+  using A = Acc<T>;
+  Piece<T, kSize> tops = batch[0];
+  CE_UNROLL for (int i = 1; i < kBatch; ++i) {
+    if (i < count) {
+      tops = larger(tops, batch[i]);
+    }
+  }
+  const A top = largest(tops);
+  if (top > exps.max) {
+    exps.raise(top);
+  }
+  const A reference = exps.reference();
+  const auto sum_of = [&](auto&& exponential_of) {
+    A sums[2] = {};  // two chains of additions
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
+      if (i < count) {
+        A z[kSize];
+        unpack(batch[i], z);
+        CE_UNROLL for (int j = 0; j < kSize; ++j) {
+          sums[j % 2] += exponential_of(z[j]);
+        }
+      }
+    }
+    return sums[0] + sums[1];
+  };
+  const Exponentials<A> exponentials(reference);
+  if (exponentials.apply()) {
+    exps.sum += sum_of([&](A z) { return exponentials.power(z); }) / exponentials.unit();
+  } else {
+    exps.sum += sum_of([&](A z) { return exponential(z - reference); });
+  }
+}
+
 // Of elements that have been pushed.
 template <typename A, int kSize>
 CE_DEVICE void push_linear(RowState<A>& state, const A (&z)[kSize], const A (&coefficients)[kSize]) {
@@ -126,14 +162,34 @@ CE_DEVICE A given_logit(const Problem& p, int64_t row, int64_t index) {
   return to_accumulator(row_of<T>(p.logits, p, row)[index * p.logits.class_stride]);
 }
 
-template <typename A, typename T>
+template <bool kGeneral, typename A, typename T>
 CE_DEVICE A target_logit(const Problem& p, int64_t row, const RowTarget<A>& target) {
   if (target.index < 0) {
     return 0;
   }
   const A x = given_logit<A, T>(p, row, target.index);
-  const LogitTransform<A> transform = transform_of<A>(p);
-  return transform.is_given() ? apply(transform, x) : x;
+  return kGeneral ? apply(transform_of<A>(p), x) : x;
+}
+
+// Reads the whole pieces into the memory that keeps them, all of them under way together, and calls f as for_each_batch
+// does as they arrive.
+template <typename Walk, typename F, typename Whole = Piece<typename Walk::Element, Walk::kSize>>
+CE_DEVICE void push_kept(const Walk& walk, const Turns<Walk>& turns, Whole* kept, int stride, F&& f) {
+  constexpr int kStages = 4;  // in which they arrive
+  // In whole batches, so that the sums are those of for_each_batch.
+  const int stage = (turns.count + kStages * Walk::kBatch - 1) / (kStages * Walk::kBatch) * Walk::kBatch;
+  CE_NO_UNROLL for (int s = 0; s < kStages; ++s) {
+    CE_NO_UNROLL for (int turn = s * stage; turn < turns.count && turn < (s + 1) * stage; ++turn) {
+      copy_async(reinterpret_cast<uint4*>(kept + turn * stride),
+                 reinterpret_cast<const uint4*>(walk.address(turns.class_of(turn))));
+    }
+    commit_copies();
+  }
+  const auto read = [&](int64_t, int turn) { return kept[turn * stride]; };
+  CE_NO_UNROLL for (int s = 0; s < kStages; ++s) {
+    wait_for_copies(kStages - 1 - s);
+    for_each_batch<Walk::kBatch>(turns, s * stage, std::min((s + 1) * stage, turns.count), read, f);
+  }
 }
 
 template <typename Walk, bool kGrad, bool kGeneral, bool kStats>
@@ -152,8 +208,7 @@ __global__ void __launch_bounds__(kMaxThreads,
   // The general kernel is one for both, which is much less to compile; its registers are for both alike.
   const bool writes_grad = kGrad && (!kGeneral || p.grad.data);
   const Seat seat = Walk::seat(plan);
-  const int64_t rank = seat.block * plan.lanes + seat.lane;
-  const int64_t ranks = static_cast<int64_t>(plan.blocks) * plan.lanes;
+  let_next_start();
   // Every thread goes through every turn, with or without a row: the reductions need it.
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
@@ -167,12 +222,6 @@ __global__ void __launch_bounds__(kMaxThreads,
                     is_read ? p.classes : 0);
 
     Any state;
-    A target_y = 0;
-    if constexpr (kStats) {
-      if (p.rank && is_read && judge(p, index) == Verdict::kKept) {
-        target_y = given_logit<A, T>(p, row, index) * order;
-      }
-    }
     const auto read = [&](int64_t c, int turn) {
       const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!writes_grad || plan.kept > 0);
       if (kGrad && plan.kept > 0) {
@@ -180,30 +229,51 @@ __global__ void __launch_bounds__(kMaxThreads,
       }
       return whole;
     };
-    const Coefficients<T> coefficients(p, row);
-    for_each_piece<Walk::kBatch>(walk, rank, ranks, read, [&](int64_t c, const auto& piece) {
-      constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
-      A z[kSize];
-      unpack_logits<kGeneral>(piece, transform, z);
-      push(state, z);
-      if (kGeneral && has_coefficients(p)) {
-        A a[kSize];
-        coefficients.read(c, a);
-        push_linear(state_of(state), z, a);
-      }
+    if constexpr (kGeneral) {
+      A target_y = 0;
       if constexpr (kStats) {
-        if (p.argmax || p.rank) {
-          unpack(piece, z);
-          CE_UNROLL for (int i = 0; i < kSize; ++i) {
-            z[i] *= order;
-          }
-          push(state.place, c, z, index, target_y);
+        if (p.rank && is_read && judge(p, index) == Verdict::kKept) {
+          target_y = given_logit<A, T>(p, row, index) * order;
         }
       }
-    });
+      const Coefficients<T> coefficients(p, row, walk);
+      for_each_piece<Walk::kBatch>(walk, seat, read, [&](int64_t c, const auto& piece) {
+        constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
+        A z[kSize];
+        unpack_logits<kGeneral>(piece, transform, z);
+        push(state, z);
+        if (has_coefficients(p)) {
+          A a[kSize];
+          coefficients.read(c, a);
+          push_linear(state_of(state), z, a);
+        }
+        if constexpr (kStats) {
+          if (p.argmax || p.rank) {
+            unpack(piece, z);
+            CE_UNROLL for (int i = 0; i < kSize; ++i) {
+              z[i] *= order;
+            }
+            push(state.place, c, z, index, target_y);
+          }
+        }
+      });
+    } else {
+      const auto push_one = [&](int64_t, const Piece<T, 1>& piece) {
+        const Piece<T, 1> batch[1] = {piece};
+        push_batch(state.exps, batch, 1);
+      };
+      const auto push_some = [&](int64_t, const auto& batch, auto count) { push_batch(state.exps, batch, count); };
+      const Turns<Walk> turns(walk, seat);
+      if (kGrad && Walk::kSize > 1 && plan.kept > 0) {
+        push_kept(walk, turns, kept, plan.threads, push_some);
+      } else {
+        for_each_batch<Walk::kBatch>(turns, 0, turns.count, read, push_some);
+      }
+      for_each_edge(walk, seat, push_one);
+    }
     const RowTarget<A> target = exists ? target_of<kGeneral, A>(p, row, index) : RowTarget<A>();
     // For the row's first thread, before the gradient may replace it.
-    const A z_target = rank == 0 ? target_logit<A, T>(p, row, target) : A(0);
+    const A z_target = seat.rank == 0 ? target_logit<kGeneral, A, T>(p, row, target) : A(0);
     state = sum_in_block<Walk, kGeneral>(state, plan, states);
     if (plan.cluster) {
       state = sum_in_cluster<kGeneral>(state, plan, states);
@@ -214,27 +284,39 @@ __global__ void __launch_bounds__(kMaxThreads,
       continue;
     }
     complete<kGeneral>(p, row, target, state_of(state));
-    if (rank == 0 && exists) {
+    if (seat.rank == 0 && exists) {
       finish<kGeneral>(p, row, target, z_target, state);
     }
-    if (!writes_grad) {
-      continue;
-    }
     if constexpr (kGrad) {
-      const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
-                     exists ? p.classes : 0);
-      RowGradient<A> gradient = make_row_gradient<A>(state.exps, state.coefficients + target.coefficient, A(p.z_loss),
-                                                     {target.kept ? upstream_of<A>(p, row) : A(0)});
-      if (kGeneral && p.picks > 0 && target.kept) {
-        gradient = Picks<A>(p, row).row.gradient_of_others(gradient);
+      if (writes_grad) {
+        const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
+                       exists ? p.classes : 0);
+        const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride,
+                                out);
+        if (target.kept) {
+          RowGradient<A> gradient =
+              make_row_gradient<A>(state.exps, state.coefficients + target.coefficient, A(p.z_loss),
+                                   {upstream_of<A>(p, row)});
+          if (kGeneral && p.picks > 0) {
+            gradient = Picks<A>(p, row).row.gradient_of_others(gradient);
+          }
+          const Coefficients<T> coefficients(p, row, out);
+          const auto write = [&](int64_t c, const auto& piece) {
+            write_gradient<kGeneral>(grad, c, piece, target, coefficients, transform, gradient);
+          };
+          const TargetPlace<Walk> place(out, seat, target.index);
+          const auto read_again = [&](int64_t c, int turn) {
+            return plan.kept > 0 ? kept[turn * plan.threads] : out.template read<Walk::kSize>(c);
+          };
+          for_each_piece<1>(out, seat, read_again, write);
+          place.write(write);
+        } else {
+          write_zeros(out, seat, grad);
+        }
       }
-      const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride);
-      const auto read_again = [&](int64_t c, int turn) {
-        return plan.kept > 0 ? kept[turn * plan.threads] : target.kept ? out.template read<Walk::kSize>(c) : Whole();
-      };
-      for_each_piece<1>(out, rank, ranks, read_again, [&](int64_t c, const auto& piece) {
-        write_gradient<kGeneral>(grad, c, piece, target.kept, target, coefficients, transform, gradient);
-      });
+    }
+    if (plan.cluster) {
+      leave_cluster();
     }
   }
 }
@@ -258,7 +340,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (threadIdx.x % kWarp == 0) {
     const RowTarget<A> target = target_of<kGeneral, A>(p, row, index_of(p, row));
     complete<kGeneral>(p, row, target, state_of(state));
-    finish<kGeneral>(p, row, target, target_logit<A, T>(p, row, target), state);
+    finish<kGeneral>(p, row, target, target_logit<kGeneral, A, T>(p, row, target), state);
   }
 }
 

@@ -22,8 +22,10 @@
 #define CE_DEVICE __device__ __forceinline__
 #ifdef CE_EMULATE
 #define CE_UNROLL
+#define CE_NO_UNROLL
 #else
 #define CE_UNROLL _Pragma("unroll")
+#define CE_NO_UNROLL _Pragma("unroll 1")
 #endif
 
 namespace ce::cuda {
@@ -33,6 +35,7 @@ struct Grid {
   int threads;         // of a block
   int cluster = 1;     // neighbouring blocks that run together
   int64_t shared = 0;  // bytes
+  bool early = false;  // may start before the kernel before it has ended, for which it waits by wait_for_previous()
 };
 
 constexpr int64_t kMaxBlocks = INT32_MAX;
@@ -41,7 +44,7 @@ constexpr int64_t kMaxBlocks = INT32_MAX;
 
 inline Device current_device() {
   const emulator::Properties& properties = emulator::properties();
-  return {properties.multiprocessors, properties.shared_memory, properties.max_cluster};
+  return {properties.multiprocessors, properties.shared_memory, properties.max_cluster, true};
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -53,6 +56,15 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Stream, const Argum
 CE_DEVICE void* shared_memory() {
   return emulator::dynamic_shared();
 }
+
+CE_DEVICE void wait_for_previous() {}
+CE_DEVICE void let_next_start() {}
+
+CE_DEVICE void copy_async(uint4* shared, const uint4* global) {
+  *shared = __ldg(global);
+}
+CE_DEVICE void commit_copies() {}
+CE_DEVICE void wait_for_copies(int) {}
 
 #define CE_CLUSTERS
 
@@ -87,6 +99,23 @@ CE_DEVICE void from_accumulator(float x, BFloat16& result) {
   result.bits = x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+template <typename T>
+CE_DEVICE void from_accumulators(float low, float high, T* results) {
+  from_accumulator(low, results[0]);
+  from_accumulator(high, results[1]);
+}
+template <typename T>
+CE_DEVICE void to_accumulators(const T* pair, float& low, float& high) {
+  low = to_accumulator(pair[0]);
+  high = to_accumulator(pair[1]);
+}
+template <typename T>
+CE_DEVICE void larger_pair(const T* a, const T* b, T* results) {
+  for (int i = 0; i < 2; ++i) {
+    from_accumulator(std::fmax(to_accumulator(a[i]), to_accumulator(b[i])), results[i]);
+  }
+}
+
 #else
 
 inline void check(cudaError_t status) {
@@ -105,7 +134,7 @@ inline Device describe(int device) {
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   // More than 8 blocks is for large chips only.
   const int max_cluster = (major == 9 || major == 10) && multiprocessors >= 100 ? 16 : major > 8 ? 8 : 1;
-  return {multiprocessors, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), max_cluster};
+  return {multiprocessors, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), max_cluster, major >= 9};
 }
 
 inline Device current_device() {
@@ -135,17 +164,22 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, cons
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (grid.early && current_device().starts_early) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   if (grid.cluster > 1) {
     constexpr int kPortableCluster = 8;
     if (grid.cluster > kPortableCluster) {
       check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     }
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = grid.cluster;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
   }
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
@@ -157,6 +191,51 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, cons
 CE_DEVICE void* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
+}
+
+// What a kernel that started early reads of the one before it, it reads after this.
+CE_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+CE_DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Copies that are under way while their thread goes on. Those that have been committed together arrive together.
+CE_DEVICE void copy_async(uint4* shared, const uint4* global) {
+#if __CUDA_ARCH__ >= 800
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+#else
+  *shared = *global;
+#endif
+}
+CE_DEVICE void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// For this thread's own copies, but for the last `pending` commits, up to three.
+CE_DEVICE void wait_for_copies(int pending) {
+#if __CUDA_ARCH__ >= 800
+  switch (pending) {
+    case 3:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+  }
+#endif
 }
 
 CE_DEVICE float divide_approx(float n, float d) {
@@ -182,6 +261,42 @@ CE_DEVICE void from_accumulator(float x, BFloat16& result) {
   result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
+// Two neighbours at once.
+template <typename Pair, typename T>
+CE_DEVICE Pair pair_of(const T* elements) {
+  static_assert(sizeof(Pair) == 2 * sizeof(T));
+  Pair pair;
+  memcpy(&pair, elements, sizeof(pair));
+  return pair;
+}
+CE_DEVICE void to_accumulators(const Float16* pair, float& low, float& high) {
+  const float2 values = __half22float2(pair_of<__half2>(pair));
+  low = values.x;
+  high = values.y;
+}
+CE_DEVICE void to_accumulators(const BFloat16* pair, float& low, float& high) {
+  const auto bits = pair_of<unsigned>(pair);
+  low = __uint_as_float(bits << 16);
+  high = __uint_as_float(bits & 0xffff0000);
+}
+CE_DEVICE void from_accumulators(float low, float high, Float16* results) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  memcpy(results, &pair, sizeof(pair));
+}
+CE_DEVICE void from_accumulators(float low, float high, BFloat16* results) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  memcpy(results, &pair, sizeof(pair));
+}
+// The larger ones, NaN left out.
+CE_DEVICE void larger_pair(const Float16* a, const Float16* b, Float16* results) {
+  const __half2 pair = __hmax2(pair_of<__half2>(a), pair_of<__half2>(b));
+  memcpy(results, &pair, sizeof(pair));
+}
+CE_DEVICE void larger_pair(const BFloat16* a, const BFloat16* b, BFloat16* results) {
+  const __nv_bfloat162 pair = __hmax2(pair_of<__nv_bfloat162>(a), pair_of<__nv_bfloat162>(b));
+  memcpy(results, &pair, sizeof(pair));
+}
+
 #endif
 
 CE_DEVICE float to_accumulator(float x) {
@@ -199,8 +314,10 @@ CE_DEVICE void from_accumulator(double x, double& result) {
 
 // The blocks of a cluster. Chips without clusters are never asked to launch one.
 #ifdef CE_CLUSTERS
-CE_DEVICE void cluster_barrier() {
+CE_DEVICE void cluster_arrive() {
   __cluster_barrier_arrive();
+}
+CE_DEVICE void cluster_wait() {
   __cluster_barrier_wait();
 }
 // Where the block `rank` has in its shared memory what this block has at `address`.
@@ -209,12 +326,17 @@ CE_DEVICE const P* in_block(const P* address, unsigned rank) {
   return static_cast<const P*>(__cluster_map_shared_rank(address, rank));
 }
 #else
-CE_DEVICE void cluster_barrier() {}
+CE_DEVICE void cluster_arrive() {}
+CE_DEVICE void cluster_wait() {}
 template <typename P>
 CE_DEVICE const P* in_block(const P* address, unsigned) {
   return address;
 }
 #endif
+CE_DEVICE void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
 
 // exp(x), for x ≤ 0 within 2 units in the last place.
 CE_DEVICE float exponential(float x) {
@@ -224,6 +346,39 @@ CE_DEVICE float exponential(float x) {
 CE_DEVICE double exponential(double x) {
   return std::exp(x);
 }
+
+// exp(z − reference) of many z ≤ reference, as power(z) / unit(): the product with log2(e) and the difference are one
+// operation, whose constant is rounded, which makes of exp(0) a unit that is a little more or less than 1.
+template <typename A>
+class Exponentials;
+
+template <>
+class Exponentials<float> {
+ public:
+  CE_DEVICE explicit Exponentials(float reference) : reference_(reference), offset_(reference * kLog2E) {}
+
+  // Further from 0 the constant's error is too large.
+  CE_DEVICE bool apply() const { return std::fabs(reference_) < 65536; }
+  CE_DEVICE float power(float z) const { return exp2_approx(std::fma(z, kLog2E, -offset_)); }
+  CE_DEVICE float unit() const { return power(reference_); }
+
+ private:
+  static constexpr float kLog2E = 1.44269504f;
+  float reference_, offset_;
+};
+
+template <>
+class Exponentials<double> {
+ public:
+  CE_DEVICE explicit Exponentials(double reference) : reference_(reference) {}
+
+  CE_DEVICE bool apply() const { return true; }
+  CE_DEVICE double power(double z) const { return exponential(z - reference_); }
+  CE_DEVICE double unit() const { return 1; }
+
+ private:
+  double reference_;
+};
 
 CE_DEVICE float hyperbolic_tangent(float x) {
   const auto ratio = tanh_ratio(x > kTanhLimit ? kTanhLimit : x < -kTanhLimit ? -kTanhLimit : x);

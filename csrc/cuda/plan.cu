@@ -10,12 +10,16 @@
 namespace ce::cuda {
 namespace {
 
-// Pieces that a thread should have of a row: as many as it has under way together.
-constexpr int64_t kPieces = 4;
+// Pieces that a thread should have of a row: what a row costs besides is then little.
+constexpr int64_t kPieces = 16;
 // Rows up to this many pieces take a warp or less, longer ones a whole block.
-constexpr int64_t kWarpRow = 256;
+constexpr int64_t kWarpRow = 512;
 constexpr int kSmallBlock = 128;
-constexpr int kFewLanes = 8;
+constexpr int kFewLanes = 4;
+// Where there are fewer threads than this for each multiprocessor, more take part in a row,
+constexpr int64_t kBusy = 512;
+// as long as each has this many pieces.
+constexpr int64_t kFewPieces = 4;
 // Bytes of a row that a block keeps at most if it can share the row with others: three such blocks fit a
 // multiprocessor, so that one reads while another writes.
 constexpr int64_t kBlockKeeps = 64 << 10;
@@ -45,8 +49,13 @@ Plan plan_threads(const Problem& p, const Device& device) {
   if (walks_along(p)) {
     plan.lanes =
         static_cast<int>(std::clamp<int64_t>(power_of_two((pieces + kPieces - 1) / kPieces), kFewLanes, kWarp));
-    if (pieces > kWarpRow) {
-      plan.threads = static_cast<int>(std::clamp<int64_t>(power_of_two(pieces / kPieces), kSmallBlock, kMaxThreads));
+    const auto is_idle = [&] { return p.rows * plan.lanes < kBusy * device.multiprocessors; };
+    while (plan.lanes < kWarp && is_idle() && pieces >= 2 * plan.lanes * kFewPieces) {
+      plan.lanes *= 2;
+    }
+    if (pieces > kWarpRow || (pieces >= kSmallBlock * kFewPieces / 2 && is_idle())) {
+      plan.threads =
+          static_cast<int>(std::clamp<int64_t>(power_of_two(pieces / kFewPieces / 2), kSmallBlock, kMaxThreads));
       plan.lanes = plan.threads;
     }
   } else if (std::abs(p.logits.class_stride) < std::abs(p.logits.strides[p.dims - 1])) {
@@ -85,7 +94,7 @@ Plan plan_forward(const Problem& p, const Device& device) {
   while (p.grad.data && whole_block && plan.blocks < device.max_cluster && bytes / plan.blocks > kBlockKeeps) {
     plan.blocks *= 2;
   }
-  plan.reads_all = pieces <= kPieces * plan.lanes * plan.blocks;
+  plan.reads_all = pieces <= kWarpRow;
   plan.cluster = along && plan.blocks > 1 && plan.blocks <= device.max_cluster;
   if (p.grad.data && (plan.blocks == 1 || plan.cluster)) {
     const int64_t ranks = int64_t{plan.lanes} * plan.blocks;

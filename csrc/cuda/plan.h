@@ -11,7 +11,16 @@ struct Device {
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
   int max_cluster;    // blocks; 1 where there are no clusters
+  bool starts_early;  // whether a kernel may start before the one before it has ended
 };
+
+CE_HOST_DEVICE int log2_of(int power) {
+#ifdef __CUDA_ARCH__
+  return 31 - __clz(power);
+#else
+  return __builtin_ctz(static_cast<unsigned>(power));
+#endif
+}
 
 struct Plan {
   int threads = 256;     // of a block; a power of two
@@ -23,7 +32,7 @@ struct Plan {
   bool reads_all = false;     // also ignored rows: short ones are read before their target has arrived
   int64_t tiles = INT64_MAX;  // of rows that run at a time, at most; their blocks go on with the next
 
-  CE_HOST_DEVICE int rows() const { return threads / lanes; }  // of a block, a tile
+  CE_HOST_DEVICE int rows() const { return threads >> log2_of(lanes); }  // of a block, a tile
 };
 
 // Whether threads walk along a row, whose classes lie next to each other, or across rows.

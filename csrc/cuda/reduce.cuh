@@ -13,23 +13,30 @@ constexpr int kMaxThreads = 256;  // of a block
 // Blocks that a multiprocessor is to hold at a time, which bounds the registers of a thread: as many as there are on
 // every chip without spilling. `kBurden` counts what a kernel does besides one pass of exponentials.
 template <typename T, int kBurden>
-constexpr int kBlocks = sizeof(T) == 8 ? (kBurden > 1 ? 1 : 2)
+constexpr int kBlocks = sizeof(T) == 8 ? (kBurden > 0 ? 1 : 2)
                         : kBurden > 1  ? 2
                                        : 4 - kBurden;
 
+// Calls f(distance) for the distances of a butterfly among `width` neighbouring lanes.
+template <typename F>
+CE_DEVICE void for_each_distance(int width, F&& f) {
+  CE_UNROLL for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    if (distance < width) {
+      f(distance);
+    }
+  }
+}
+
 template <typename V>
 CE_DEVICE V sum_of_lanes(V value, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, offset, width);
-  }
+  for_each_distance(width, [&](int distance) { value += __shfl_xor_sync(kAllLanes, value, distance); });
   return value;
 }
 
 template <typename V>
 CE_DEVICE V max_of_lanes(V value, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) {
-    value = std::fmax(value, __shfl_xor_sync(kAllLanes, value, offset, width));
-  }
+  for_each_distance(width,
+                    [&](int distance) { value = std::fmax(value, __shfl_xor_sync(kAllLanes, value, distance)); });
   return value;
 }
 
@@ -51,12 +58,12 @@ CE_DEVICE RowStats<A> sum_of_lanes(RowStats<A> stats, int width) {
   stats.moment = stats.moment.relative_to(max_of_lanes(stats.state.exps.max, width), stats.state.exps);
   stats.moment.sum = sum_of_lanes(stats.moment.sum, width);
   stats.state = sum_of_lanes<kGeneral>(stats.state, width);
-  for (int offset = width / 2; offset > 0; offset /= 2) {
+  for_each_distance(width, [&](int distance) {
     const RowPlace<A>& mine = stats.place;
-    stats.place = mine.merge({__shfl_xor_sync(kAllLanes, mine.max, offset, width),
-                              __shfl_xor_sync(kAllLanes, mine.argmax, offset, width),
-                              __shfl_xor_sync(kAllLanes, mine.rank, offset, width)});
-  }
+    stats.place = mine.merge({__shfl_xor_sync(kAllLanes, mine.max, distance),
+                              __shfl_xor_sync(kAllLanes, mine.argmax, distance),
+                              __shfl_xor_sync(kAllLanes, mine.rank, distance)});
+  });
   return stats;
 }
 
@@ -82,13 +89,13 @@ CE_DEVICE State sum_in_block(State state, const Plan& plan, State* shared) {
   const int thread = threadIdx.x;
   if constexpr (Walk::kSize > 1) {
     state = sum_of_lanes<kGeneral>(state, plan.lanes < kWarp ? plan.lanes : kWarp);
-    const int warps = plan.lanes / kWarp;
+    const int warps = plan.lanes / kWarp;  // a power of two, or 0
     if (warps > 1) {
       if (thread % kWarp == 0) {
         shared[thread / kWarp] = state;
       }
       __syncthreads();
-      state = sum_of_lanes<kGeneral>(shared[thread % warps], warps);
+      state = sum_of_lanes<kGeneral>(shared[thread & (warps - 1)], warps);
       __syncthreads();
     } else {
       __syncwarp();
@@ -103,13 +110,14 @@ CE_DEVICE State sum_in_block(State state, const Plan& plan, State* shared) {
       }
     }
     __syncthreads();
-    state = shared[thread % rows];
+    state = shared[thread & (rows - 1)];
     __syncthreads();
   }
   return state;
 }
 
-// Of the blocks of a cluster, whose one row it is, for each of their threads.
+// Of the blocks of a cluster, whose one row it is, for each of their threads. Until leave_cluster() nobody ends or writes
+// its part again.
 template <bool kGeneral, typename State>
 CE_DEVICE State sum_in_cluster(State state, const Plan& plan, State* shared) {
   State* const mine = shared + plan.threads / kWarp;
@@ -117,9 +125,12 @@ CE_DEVICE State sum_in_cluster(State state, const Plan& plan, State* shared) {
     *mine = state;
   }
   cluster_barrier();
-  state = sum_of_lanes<kGeneral>(*in_block(mine, threadIdx.x % plan.blocks), plan.blocks);
-  cluster_barrier();  // nobody leaves, or writes there again, before all have read
+  state = sum_of_lanes<kGeneral>(*in_block(mine, threadIdx.x & (plan.blocks - 1)), plan.blocks);
+  cluster_arrive();
   return state;
+}
+CE_DEVICE void leave_cluster() {
+  cluster_wait();
 }
 
 }  // namespace ce::cuda

@@ -43,11 +43,20 @@ CE_DEVICE void store(T* address, const Piece<T, kSize>& piece) {
   }
 }
 
-// The place of a thread among those that share its row.
+// The place of a thread among those that share its row, which are a power of two.
 struct Seat {
   int row;    // of the block's rows
   int lane;   // of the row's threads in this block
   int block;  // of the row's blocks
+  int rank;   // of all the row's threads
+  int bits;   // there are 2^bits
+
+  CE_DEVICE Seat(int row, int lane, const Plan& plan)
+      : row(row),
+        lane(lane),
+        block(blockIdx.x & (plan.blocks - 1)),
+        rank(block * plan.lanes + lane),
+        bits(log2_of(plan.lanes) + log2_of(plan.blocks)) {}
 };
 
 // The blocks that take all rows.
@@ -58,10 +67,10 @@ inline int64_t blocks_for(const Problem& p, const Plan& plan) {
 
 // The first row of a block's first tile, and how far it is to the next.
 CE_DEVICE int64_t first_row(const Plan& plan) {
-  return blockIdx.x / plan.blocks * static_cast<int64_t>(plan.rows());
+  return (blockIdx.x >> log2_of(plan.blocks)) * static_cast<int64_t>(plan.rows());
 }
 CE_DEVICE int64_t row_step(const Plan& plan) {
-  return gridDim.x / plan.blocks * static_cast<int64_t>(plan.rows());
+  return (gridDim.x >> log2_of(plan.blocks)) * static_cast<int64_t>(plan.rows());
 }
 
 // Walks along classes that lie next to each other.
@@ -74,7 +83,7 @@ class Along {
 
   CE_DEVICE static Seat seat(const Plan& plan) {
     const int thread = threadIdx.x;
-    return {thread / plan.lanes, thread % plan.lanes, static_cast<int>(blockIdx.x % plan.blocks)};
+    return {thread >> log2_of(plan.lanes), thread & (plan.lanes - 1), plan};
   }
 
   CE_DEVICE Along(const void* data, int64_t offset, int64_t /*class_stride*/, int64_t classes)
@@ -91,9 +100,10 @@ class Along {
   CE_DEVICE int64_t class_of(int64_t piece) const { return head_ + piece * kSize; }
   CE_DEVICE int64_t class_of_edge(int edge) const { return edge < head_ ? edge : edge + pieces_ * kSize; }
 
+  CE_DEVICE const T* address(int64_t c) const { return data_ + c; }
   template <int kCount>
   CE_DEVICE Piece<T, kCount> read(int64_t c, bool once = true) const {
-    return load<T, kCount>(data_ + c, once);
+    return load<T, kCount>(address(c), once);
   }
 
  private:
@@ -112,7 +122,7 @@ class Across {
 
   CE_DEVICE static Seat seat(const Plan& plan) {
     const int thread = threadIdx.x;
-    return {thread % plan.rows(), thread / plan.rows(), static_cast<int>(blockIdx.x % plan.blocks)};
+    return {thread & (plan.rows() - 1), thread >> log2_of(plan.rows()), plan};
   }
 
   CE_DEVICE Across(const void* data, int64_t offset, int64_t class_stride, int64_t classes)
@@ -123,9 +133,10 @@ class Across {
   CE_DEVICE int64_t class_of(int64_t piece) const { return piece; }
   CE_DEVICE int64_t class_of_edge(int edge) const { return edge; }
 
+  CE_DEVICE const T* address(int64_t c) const { return data_ + c * stride_; }
   template <int kCount>
   CE_DEVICE Piece<T, kCount> read(int64_t c, bool once = true) const {
-    return load<T, kCount>(data_ + c * stride_, once);
+    return load<T, kCount>(address(c), once);
   }
 
  private:
@@ -142,29 +153,72 @@ void dispatch_walk(const Problem& p, F&& f) {
   });
 }
 
-// Calls f(c, piece) for this thread's part of a row, from class c on; first for its edges, whose pieces have one
-// element. `read(c, turn)` is how to get the whole pieces, the turn-th of this thread's;
-// `kBatch` of them are under way together.
-template <int kBatch, typename Walk, typename Read, typename F>
-CE_DEVICE void for_each_piece(const Walk& walk, int64_t rank, int64_t ranks, Read&& read, F&& f) {
-  using Whole = Piece<typename Walk::Element, Walk::kSize>;
-  for (int64_t edge = rank; edge < walk.edges(); edge += ranks) {
-    const int64_t c = walk.class_of_edge(static_cast<int>(edge));
+// The whole pieces of a row that are this thread's: from class `first` on, `step` classes apart.
+template <typename Walk>
+struct Turns {
+  int64_t first, step;
+  int count;
+
+  CE_DEVICE Turns(const Walk& walk, const Seat& seat)
+      : first(walk.class_of(seat.rank)),
+        step(int64_t{Walk::kSize} << seat.bits),
+        count(static_cast<int>((walk.pieces() - seat.rank + (int64_t{1} << seat.bits) - 1) >> seat.bits)) {}
+
+  CE_DEVICE int64_t class_of(int turn) const { return first + turn * step; }
+};
+
+// Calls f(c, piece) for this thread's edges of a row, whose pieces have one element, the class c.
+template <typename Walk, typename F>
+CE_DEVICE void for_each_edge(const Walk& walk, const Seat& seat, F&& f) {
+  for (int edge = seat.rank; edge < walk.edges(); edge += 1 << seat.bits) {
+    const int64_t c = walk.class_of_edge(edge);
     f(c, walk.template read<1>(c));
   }
-  const int turns = rank < walk.pieces() ? static_cast<int>((walk.pieces() - rank - 1) / ranks + 1) : 0;
-  int64_t c = walk.class_of(rank);
-  const int64_t step = ranks * Walk::kSize;
-  for (int turn = 0; turn < turns; turn += kBatch, c += kBatch * step) {
+}
+
+// Calls f(c, batch, count) for this thread's whole pieces from turn to turn, `kBatch` of them under way together: the
+// first `count` of a batch are there, of which the first is that of class c. `read(c, turn)` is how to get them.
+template <int kBatch, typename Walk, typename Read, typename F>
+CE_DEVICE void for_each_batch(const Turns<Walk>& turns, int from, int to, Read&& read, F&& f) {
+  using Whole = Piece<typename Walk::Element, Walk::kSize>;
+  int turn = from;
+  for (; turn + kBatch <= to; turn += kBatch) {
+    Whole batch[kBatch];
+    const int64_t c = turns.class_of(turn);
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
+      batch[i] = read(c + i * turns.step, turn + i);
+    }
+    f(c, batch, std::integral_constant<int, kBatch>());
+  }
+  if (kBatch > 1 && turn < to) {
+    Whole batch[kBatch];
+    const int64_t c = turns.class_of(turn);
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
+      if (turn + i < to) {
+        batch[i] = read(c + i * turns.step, turn + i);
+      }
+    }
+    f(c, batch, to - turn);
+  }
+}
+
+// Calls f(c, piece) for this thread's part of a row, from class c on, the edges first.
+template <int kBatch, typename Walk, typename Read, typename F>
+CE_DEVICE void for_each_piece(const Walk& walk, const Seat& seat, Read&& read, F&& f) {
+  using Whole = Piece<typename Walk::Element, Walk::kSize>;
+  for_each_edge(walk, seat, f);
+  const Turns<Walk> turns(walk, seat);
+  int64_t c = turns.first;
+  for (int turn = 0; turn < turns.count; turn += kBatch, c += kBatch * turns.step) {
     Whole batch[kBatch];
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
-      if (turn + i < turns) {
-        batch[i] = read(c + i * step, turn + i);
+      if (turn + i < turns.count) {
+        batch[i] = read(c + i * turns.step, turn + i);
       }
     }
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
-      if (turn + i < turns) {
-        f(c + i * step, batch[i]);
+      if (turn + i < turns.count) {
+        f(c + i * turns.step, batch[i]);
       }
     }
   }
@@ -172,20 +226,25 @@ CE_DEVICE void for_each_piece(const Walk& walk, int64_t rank, int64_t ranks, Rea
 
 // The same, read from memory.
 template <typename Walk, typename F>
-CE_DEVICE void for_each_piece(const Walk& walk, int64_t rank, int64_t ranks, F&& f) {
+CE_DEVICE void for_each_piece(const Walk& walk, const Seat& seat, F&& f) {
   for_each_piece<Walk::kBatch>(
-      walk, rank, ranks, [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); }, f);
+      walk, seat, [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); }, f);
 }
 
 // An operand that is taken where a walk over the logits happens to be: in whole pieces if it lies as they do.
 template <typename T>
 class Companion {
  public:
-  CE_DEVICE Companion(T* data, int64_t class_stride) : data_(data), stride_(class_stride) {}
+  template <typename Walk>
+  CE_DEVICE Companion(T* data, int64_t class_stride, const Walk& walk)
+      : data_(data),
+        stride_(class_stride),
+        is_whole_(class_stride == 1 &&
+                  reinterpret_cast<uintptr_t>(data + walk.class_of(0)) % (sizeof(T) * Walk::kSize) == 0) {}
 
   template <int kSize>
   CE_DEVICE void read(int64_t c, std::remove_const_t<T> (&elements)[kSize]) const {
-    if (is_whole<kSize>(c)) {
+    if (kSize > 1 && is_whole_) {
       const auto piece = load<std::remove_const_t<T>, kSize>(data_ + c);
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
         elements[i] = piece.elements[i];
@@ -199,7 +258,7 @@ class Companion {
 
   template <int kSize>
   CE_DEVICE void write(int64_t c, const Piece<T, kSize>& piece) const {
-    if (is_whole<kSize>(c)) {
+    if (kSize > 1 && is_whole_) {
       store(data_ + c, piece);
     } else {
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
@@ -209,29 +268,66 @@ class Companion {
   }
 
  private:
-  template <int kSize>
-  CE_DEVICE bool is_whole(int64_t c) const {
-    return kSize > 1 && stride_ == 1 && reinterpret_cast<uintptr_t>(data_ + c) % (sizeof(T) * kSize) == 0;
-  }
-
   T* data_;
   int64_t stride_;
+  bool is_whole_;
 };
 
 template <typename T, int kSize>
 CE_DEVICE void unpack(const Piece<T, kSize>& piece, Acc<T> (&values)[kSize]) {
-  CE_UNROLL for (int i = 0; i < kSize; ++i) {
-    values[i] = to_accumulator(piece.elements[i]);
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+    CE_UNROLL for (int i = 0; i < kSize; i += 2) {
+      to_accumulators(&piece.elements[i], values[i], values[i + 1]);
+    }
+  } else {
+    CE_UNROLL for (int i = 0; i < kSize; ++i) {
+      values[i] = to_accumulator(piece.elements[i]);
+    }
   }
 }
 
 template <typename T, int kSize>
 CE_DEVICE Piece<T, kSize> pack(const Acc<T> (&values)[kSize]) {
   Piece<T, kSize> piece;
-  CE_UNROLL for (int i = 0; i < kSize; ++i) {
-    from_accumulator(values[i], piece.elements[i]);
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+    CE_UNROLL for (int i = 0; i < kSize; i += 2) {
+      from_accumulators(values[i], values[i + 1], &piece.elements[i]);
+    }
+  } else {
+    CE_UNROLL for (int i = 0; i < kSize; ++i) {
+      from_accumulator(values[i], piece.elements[i]);
+    }
   }
   return piece;
+}
+
+// The larger ones of two pieces' elements, NaN left out.
+template <typename T, int kSize>
+CE_DEVICE Piece<T, kSize> larger(const Piece<T, kSize>& a, const Piece<T, kSize>& b) {
+  Piece<T, kSize> result;
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+    CE_UNROLL for (int i = 0; i < kSize; i += 2) {
+      larger_pair(&a.elements[i], &b.elements[i], &result.elements[i]);
+    }
+  } else {
+    CE_UNROLL for (int i = 0; i < kSize; ++i) {
+      from_accumulator(std::fmax(to_accumulator(a.elements[i]), to_accumulator(b.elements[i])), result.elements[i]);
+    }
+  }
+  return result;
+}
+
+// A piece's largest element.
+template <typename T, int kSize>
+CE_DEVICE Acc<T> largest(const Piece<T, kSize>& piece) {
+  Acc<T> values[kSize];
+  unpack(piece, values);
+  CE_UNROLL for (int step = kSize / 2; step > 0; step /= 2) {
+    CE_UNROLL for (int i = 0; i < step; ++i) {
+      values[i] = std::fmax(values[i], values[i + step]);
+    }
+  }
+  return values[0];
 }
 
 }  // namespace ce::cuda

@@ -6,7 +6,7 @@ namespace ce::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 8;
+constexpr int kMostBlocks = 1024;  // a power of two
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -17,9 +17,11 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const Along<T> walk(data, 0, 1, count);
-  const Companion<T> out(data, 1);
-  for_each_piece(walk, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
-                 static_cast<int64_t>(gridDim.x) * kThreads, [&](int64_t i, const auto& piece) {
+  const Companion<T> out(data, 1, walk);
+  Plan plan;  // for which all elements are one row
+  plan.threads = plan.lanes = kThreads;
+  plan.blocks = gridDim.x;
+  for_each_piece(walk, Along<T>::seat(plan), [&](int64_t i, const auto& piece) {
                    constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
                    A values[kSize];
                    unpack(piece, values);
@@ -36,8 +38,10 @@ void scale(DType dtype, void* data, int64_t count, const void* factor, DType fac
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t pieces = count * sizeof(T) / 16 + 1;
-    const int64_t blocks = std::min<int64_t>((pieces + kThreads - 1) / kThreads,
-                                             current_device().multiprocessors * kBlocksPerMultiprocessor);
+    int blocks = 1;
+    while (blocks < kMostBlocks && int64_t{blocks} * kThreads < pieces) {
+      blocks *= 2;
+    }
     launch(scale_elements<T>, {blocks, kThreads}, stream, static_cast<T*>(data), count, factor, factor_type);
   });
 }

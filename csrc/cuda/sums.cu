@@ -81,7 +81,8 @@ template <typename A>
 __global__ void __launch_bounds__(kSumThreads)
     sum_all_rows(const __grid_constant__ Problem p, const __grid_constant__ bool losses,
                  const __grid_constant__ bool weights, const __grid_constant__ bool cluster) {
-  constexpr int kBatch = 4;  // rows that a thread has under way together
+  constexpr int kBatch = 8;  // rows that a thread has under way together
+  wait_for_previous();
   RowSums sums;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kSumThreads;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; first < p.rows;
@@ -113,6 +114,7 @@ template <typename A>
 __global__ void __launch_bounds__(kSumThreads)
     sum_blocks(const __grid_constant__ Problem p, const __grid_constant__ int blocks,
                const __grid_constant__ bool losses, const __grid_constant__ bool weights) {
+  wait_for_previous();
   const RowSums* const partial = Workspace(p.workspace).sums();
   const RowSums sums = sum_in_block(static_cast<int>(threadIdx.x) < blocks ? partial[threadIdx.x] : RowSums());
   if (threadIdx.x == 0) {
@@ -125,9 +127,10 @@ void sum_rows(const Problem& p, bool losses, bool weights, Stream stream) {
   const bool cluster = p.rows > kOneBlock && p.rows <= kOneCluster && current_device().max_cluster >= kCluster;
   const int blocks = p.rows <= kOneBlock ? 1 : cluster ? kCluster : kSumBlocks;
   constexpr int64_t kShared = (kSumThreads / kWarp + 1) * sizeof(RowSums);
-  launch(sum_all_rows<A>, {blocks, kSumThreads, cluster ? kCluster : 1, kShared}, stream, p, losses, weights, cluster);
+  const Grid grid{blocks, kSumThreads, cluster ? kCluster : 1, kShared, /*early=*/true};
+  launch(sum_all_rows<A>, grid, stream, p, losses, weights, cluster);
   if (blocks > 1 && !cluster) {
-    launch(sum_blocks<A>, {1, kSumThreads, 1, kShared}, stream, p, blocks, losses, weights);
+    launch(sum_blocks<A>, {1, kSumThreads, 1, kShared, /*early=*/true}, stream, p, blocks, losses, weights);
   }
 }
 

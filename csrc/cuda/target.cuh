@@ -39,14 +39,14 @@ struct RowTarget {
   bool kept = false;
 
   RowTarget() = default;
-  // `value` is what index_of() has read.
-  CE_DEVICE RowTarget(const Problem& p, int64_t value) : kept(true) {
+  // `value` is what index_of() has read, `keep` that of the smoothing.
+  CE_DEVICE RowTarget(const Problem& p, int64_t value, A keep) : kept(true) {
     if (has_indices(p)) {
       const Verdict verdict = judge(p, value);
       kept = verdict != Verdict::kIgnored;
       if (verdict == Verdict::kKept) {
         index = own_class(p, value);
-        coefficient = index < 0 ? A(0) : smoothing_of<A>(p).keep * class_weight<A>(p, index);
+        coefficient = index < 0 ? A(0) : keep * class_weight<A>(p, index);
       } else if (verdict == Verdict::kOutOfBounds) {
         coefficient = NAN;
       }
@@ -59,7 +59,7 @@ struct RowTarget {
 // The same in a kernel that is `kGeneral`.
 template <bool kGeneral, typename A>
 CE_DEVICE RowTarget<A> target_of(const Problem& p, int64_t row, int64_t value) {
-  RowTarget<A> target(p, value);
+  RowTarget<A> target(p, value, kGeneral ? smoothing_of<A>(p).keep : A(1));
   if (kGeneral && p.picks > 0) {
     target.kept = counts<A>(p, row);
   }
@@ -113,13 +113,14 @@ class Coefficients {
  public:
   using A = Acc<T>;
 
-  CE_DEVICE Coefficients(const Problem& p, int64_t row)
+  template <typename Walk>
+  CE_DEVICE Coefficients(const Problem& p, int64_t row, const Walk& walk)
       : p_(p),
         smoothing_(smoothing_of<A>(p)),
         probabilities_(p.target_type == TargetType::kProbabilities
                            ? static_cast<const T*>(p.target.data) + row_offset(p, row, p.target.strides)
                            : nullptr,
-                       p.target.class_stride) {}
+                       p.target.class_stride, walk) {}
 
   template <int kSize>
   CE_DEVICE void read(int64_t c, A (&coefficients)[kSize]) const {
@@ -163,10 +164,10 @@ CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
   return upstream * row_value<A>(p, p.row_weight, row, 1) / divisor_of<A>(p);
 }
 
-// The gradient of the formula's logits z, of a piece of a row from class c on.
+// The gradient of the formula's logits z, of a piece of a row from class c on, but for the part that only the target has.
 template <bool kGeneral, typename T, int kSize, typename A = Acc<T>>
-CE_DEVICE void gradient_of_logits(int64_t c, const A (&z)[kSize], const RowTarget<A>& target,
-                                  const Coefficients<T>& coefficients, const RowGradient<A>& row, A (&values)[kSize]) {
+CE_DEVICE void gradient_of_logits(int64_t c, const A (&z)[kSize], const Coefficients<T>& coefficients,
+                                  const RowGradient<A>& row, A (&values)[kSize]) {
   A a[kSize] = {};
   if constexpr (kGeneral) {
     coefficients.read(c, a);
@@ -176,6 +177,11 @@ CE_DEVICE void gradient_of_logits(int64_t c, const A (&z)[kSize], const RowTarge
     const A factor = kGeneral ? row.scale + row.tilt * std::fmax(z[i] - row.max, -Moment<A>::kFarthest) : row.scale;
     values[i] = kGeneral ? row.element(exp, a[i], factor, row.upstream) : factor * exp;
   }
+}
+
+// Adds that part.
+template <int kSize, typename A>
+CE_DEVICE void add_target(int64_t c, const RowTarget<A>& target, const RowGradient<A>& row, A (&values)[kSize]) {
   if (target.index >= c && target.index - c < kSize) {
     const int at = static_cast<int>(target.index - c);
     CE_UNROLL for (int i = 0; i < kSize; ++i) {
@@ -184,24 +190,65 @@ CE_DEVICE void gradient_of_logits(int64_t c, const A (&z)[kSize], const RowTarge
   }
 }
 
-// Writes that of the logits as they are given; 0 where the row is not kept.
+// Writes that of the logits as they are given, in a piece of one element with the target's part, see TargetPlace.
 template <bool kGeneral, typename T, int kSize>
-CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T, kSize>& piece, bool kept,
+CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T, kSize>& piece,
                               const RowTarget<Acc<T>>& target, const Coefficients<T>& coefficients,
                               const LogitTransform<Acc<T>>& transform, const RowGradient<Acc<T>>& row) {
   using A = Acc<T>;
   A z[kSize], values[kSize];
   unpack_logits<kGeneral>(piece, transform, z);
-  gradient_of_logits<kGeneral>(c, z, target, coefficients, row, values);
+  gradient_of_logits<kGeneral>(c, z, coefficients, row, values);
+  if constexpr (kSize == 1) {
+    add_target(c, target, row, values);
+  }
   if (kGeneral && transform.is_given()) {
     CE_UNROLL for (int i = 0; i < kSize; ++i) {
       values[i] *= transform.cap > 0 ? transform.scale * transform.slope(z[i]) : transform.scale;
     }
   }
-  CE_UNROLL for (int i = 0; i < kSize; ++i) {
-    values[i] = kept ? values[i] : A(0);
-  }
   grad.write(c, pack<T, kSize>(values));
+}
+
+// The target's element where it lies in a whole piece, for the thread whose piece it is: it writes the element once more
+// after the piece, from the logit that it has read before, which saves looking for the target in every piece.
+template <typename Walk>
+class TargetPlace {
+ public:
+  using T = typename Walk::Element;
+
+  CE_DEVICE TargetPlace(const Walk& walk, const Seat& seat, int64_t target) : class_(-1) {
+    const int64_t place = target - walk.class_of(0);
+    if (Walk::kSize > 1 && target >= 0 && place >= 0 && place / Walk::kSize < walk.pieces() &&
+        (place / Walk::kSize & ((1 << seat.bits) - 1)) == seat.rank) {
+      class_ = target;
+      logit_ = walk.template read<1>(target);
+    }
+  }
+
+  // Calls f(c, piece) if it is this thread's.
+  template <typename F>
+  CE_DEVICE void write(F&& f) const {
+    if (class_ >= 0) {
+      f(class_, logit_);
+    }
+  }
+
+ private:
+  int64_t class_;
+  Piece<T, 1> logit_;
+};
+
+// Writes 0 to this thread's part of a row of gradients.
+template <typename Walk, typename T = typename Walk::Element>
+CE_DEVICE void write_zeros(const Walk& walk, const Seat& seat, const Companion<T>& grad) {
+  for (int edge = seat.rank; edge < walk.edges(); edge += 1 << seat.bits) {
+    grad.write(walk.class_of_edge(edge), Piece<T, 1>());
+  }
+  const Turns<Walk> turns(walk, seat);
+  for (int turn = 0; turn < turns.count; ++turn) {
+    grad.write(turns.class_of(turn), Piece<T, Walk::kSize>());
+  }
 }
 
 }  // namespace ce::cuda
