@@ -59,6 +59,10 @@ CE_HOST_DEVICE int64_t row_offset(const Problem& p, int64_t row, const int64_t (
   if (p.dims <= 1) {
     return row * strides[0];
   }
+  if (p.dims == 2) {
+    const int64_t outer = divide(row, p.dividers[1]);
+    return outer * strides[0] + (row - outer * p.sizes[1]) * strides[1];
+  }
   int64_t offset = 0;
 #ifdef __CUDA_ARCH__
 #pragma unroll 1

@@ -74,13 +74,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
       write_zeros(walk, seat, grad);
       continue;
     }
-    const auto write = [&](int64_t c, const auto& piece) {
-      write_gradient<kGeneral>(grad, c, piece, target, coefficients, transform, gradient);
-    };
-    const TargetPlace<Walk> place(walk, seat, target.index);
-    for_each_piece<kGeneral ? 2 : Walk::kBatch>(
-        walk, seat, [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); }, write);
-    place.write(write);
+    const auto read = [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); };
+    write_row<kGeneral, kGeneral ? 2 : 3>(p, row, walk, seat, read, target, transform, gradient, grad);
   }
 }
 

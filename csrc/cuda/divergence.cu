@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
     RowDivergence<A> state;
     state.kappa = A(p.kappa);
     const auto read = [&](int64_t c, int turn) {
-      const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!p.grad.data || plan.kept > 0);
+      const Whole whole = walk.template read<Walk::kSize>(c);
       if (plan.kept > 0) {
         kept[turn * plan.threads] = whole;
       }

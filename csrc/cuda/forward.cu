@@ -1,7 +1,6 @@
 // Each row's maximum, log-sum-exp and loss, and the gradient of its logits, in one read of the logits.
 
-#include "reduce.cuh"
-#include "target.cuh"
+#include "sums.cuh"
 
 namespace ce::cuda {
 namespace {
@@ -117,9 +116,9 @@ CE_DEVICE void write_stats(const Problem& p, int64_t offset, const RowTarget<A>&
   }
 }
 
-// Adds the target's own part to what the classes have left, and writes the row's results.
+// Adds the target's own part to what the classes have left, writes the row's results and returns its loss.
 template <bool kGeneral, typename A, typename Any>
-CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target, A target_logit, Any any) {
+CE_DEVICE A finish(const Problem& p, int64_t row, const RowTarget<A>& target, A target_logit, Any any) {
   RowState<A>& state = state_of(any);
   const int64_t offset = row_offset(p, row, p.row_strides);
   if (target.is_out_of_bounds() && p.bad_target) {
@@ -141,7 +140,9 @@ CE_DEVICE void finish(const Problem& p, int64_t row, const RowTarget<A>& target,
     write(p.linear, state.linear);
     write(p.coefficients, state.coefficients);
   }
-  write(p.loss, target.kept ? state.loss(A(p.z_loss)) : A(0));
+  const A loss = target.kept ? state.loss(A(p.z_loss)) : A(0);
+  write(p.loss, loss);
+  return loss;
 }
 
 // With the picks' part, where there are any.
@@ -171,68 +172,154 @@ CE_DEVICE A target_logit(const Problem& p, int64_t row, const RowTarget<A>& targ
   return kGeneral ? apply(transform_of<A>(p), x) : x;
 }
 
-// Reads the whole pieces into the memory that keeps them, all of them under way together, and calls f as for_each_batch
-// does as they arrive.
-template <typename Walk, typename F, typename Whole = Piece<typename Walk::Element, Walk::kSize>>
-CE_DEVICE void push_kept(const Walk& walk, const Turns<Walk>& turns, Whole* kept, int stride, F&& f) {
-  constexpr int kStages = 4;  // in which they arrive
-  // In whole batches, so that the sums are those of for_each_batch.
-  const int stage = (turns.count + kStages * Walk::kBatch - 1) / (kStages * Walk::kBatch) * Walk::kBatch;
-  CE_NO_UNROLL for (int s = 0; s < kStages; ++s) {
-    CE_NO_UNROLL for (int turn = s * stage; turn < turns.count && turn < (s + 1) * stage; ++turn) {
-      copy_async(reinterpret_cast<uint4*>(kept + turn * stride),
+// Up to so many rows each block finds the divisor of the mean itself, which takes less time than a kernel.
+constexpr int64_t kCountedRows = 1 << 11;
+
+// Shared memory for the sums of a block's rows, and of its warps to find the divisor with.
+CE_HOST_DEVICE int shared_sums(const Plan& plan) {
+  return plan.sums ? plan.rows() + kMaxThreads / kWarp : 0;
+}
+
+// Finds the divisor of the mean, as every block does, and leaves it in the weight of the first of `shared`.
+template <typename A>
+CE_DEVICE void count_weights(const Problem& p, const Plan& plan, RowSums* shared) {
+  RowSums sums;
+  for (int64_t row = threadIdx.x; row < p.rows; row += plan.threads) {
+    sums.weight += weight_of_row<A>(p, row);
+  }
+  sums = sum_in_warp(sums);
+  if (threadIdx.x % kWarp == 0) {
+    shared[threadIdx.x / kWarp] = sums;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < plan.threads / kWarp; ++warp) {
+      shared[0].weight += shared[warp].weight;
+    }
+    shared[0].weight = divisor_of_mean(shared[0].weight, p);
+  }
+  __syncthreads();
+}
+
+// Leaves the sum of a tile's rows for sum_tiles(), or the results where there is no other tile. Of what each thread
+// that finishes rows has in `shared`.
+template <typename A>
+CE_DEVICE void sum_tile(const Problem& p, const Plan& plan, const Seat& seat, const RowSums* shared) {
+  __syncthreads();
+  if (threadIdx.x >= kWarp || seat.block != 0) {
+    return;
+  }
+  RowSums sums;
+  for (int i = threadIdx.x; i < plan.rows(); i += kWarp) {
+    add(sums, shared[i]);
+  }
+  sums = sum_in_warp(sums);
+  if (threadIdx.x == 0) {
+    const unsigned tile = blockIdx.x >> log2_of(plan.blocks);
+    const Workspace workspace(p.workspace);
+    workspace.sums()[tile] = sums;
+    if (tile == 0 && plan.counts) {
+      *workspace.template divisor<A>() = static_cast<A>(shared[plan.rows()].weight);
+    }
+    if (gridDim.x == static_cast<unsigned>(plan.blocks)) {
+      write_sums<A>(p, sums, /*losses=*/true, p.divides_by_weight && !p.grad.data);
+    }
+  }
+}
+
+// A thread's part of a row that is kept in shared memory, `stride` pieces apart.
+template <typename Walk>
+class Kept {
+ public:
+  using Whole = Piece<typename Walk::Element, Walk::kSize>;
+
+  CE_DEVICE Kept(Whole* pieces, int stride) : pieces_(pieces), stride_(stride) {}
+
+  CE_DEVICE Whole& operator[](int turn) const { return pieces_[turn * stride_]; }
+
+  // Begins to read the pieces from turn to turn.
+  CE_DEVICE void start(const Walk& walk, const Turns<Walk>& turns, int from, int to) const {
+    CE_NO_UNROLL for (int turn = from; turn < to; ++turn) {
+      copy_async(reinterpret_cast<uint4*>(&(*this)[turn]),
                  reinterpret_cast<const uint4*>(walk.address(turns.class_of(turn))));
     }
     commit_copies();
   }
-  const auto read = [&](int64_t, int turn) { return kept[turn * stride]; };
-  CE_NO_UNROLL for (int s = 0; s < kStages; ++s) {
-    wait_for_copies(kStages - 1 - s);
-    for_each_batch<Walk::kBatch>(turns, s * stage, std::min((s + 1) * stage, turns.count), read, f);
-  }
-}
+
+ private:
+  Whole* pieces_;
+  int stride_;
+};
 
 template <typename Walk, bool kGrad, bool kGeneral, bool kStats>
 __global__ void __launch_bounds__(kMaxThreads,
-                                  kBlocks<typename Walk::Element, (Walk::kSize == 1 || kGrad) + 2 * kGeneral>)
+                                  kBlocks<typename Walk::Element, (Walk::kSize == 1 ? 1 : 2 * kGrad) + 2 * kGeneral>)
     forward_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   using T = typename Walk::Element;
   using A = Acc<T>;
   using Whole = Piece<T, Walk::kSize>;
+  constexpr bool kCopies = kGrad && !kGeneral && Walk::kSize > 1;  // the pieces that it keeps
   const LogitTransform<A> transform = transform_of<A>(p);
   using Any = State<A, kStats>;
   const A order = kStats ? order_of_logits<A>(p) : A(0);
   Any* const states = static_cast<Any*>(shared_memory());
-  Whole* const kept = reinterpret_cast<Whole*>(states + shared_states<Walk>(plan)) + threadIdx.x;
+  RowSums* const sums = reinterpret_cast<RowSums*>(states + shared_states<Walk>(plan));
+  Whole* const all_kept = reinterpret_cast<Whole*>(sums + shared_sums(plan)) + threadIdx.x;
 
   // The general kernel is one for both, which is much less to compile; its registers are for both alike.
   const bool writes_grad = kGrad && (!kGeneral || p.grad.data);
   const Seat seat = Walk::seat(plan);
   let_next_start();
+  // An ignored row is read only for what does not depend on the target.
+  const auto is_read = [&](int64_t row) {
+    const bool may_count = !kGeneral || p.picks == 0 || counts<A>(p, row);
+    return may_count && (plan.reads_all || reads_ignored_rows(p) || judge(p, index_of(p, row)) != Verdict::kIgnored);
+  };
+  const auto walk_along = [&](int64_t row, bool is_there) {
+    return Walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, is_there ? p.classes : 0);
+  };
+  const auto kept_in = [&](int buffer) {
+    return Kept<Walk>(all_kept + buffer * plan.kept * plan.threads, plan.threads);
+  };
+  // Begins to read a row ahead, and tells whether it is read at all.
+  const auto start_row = [&](int64_t first, int buffer) {
+    const bool reads = first + seat.row < p.rows && is_read(first + seat.row);
+    const Walk walk = walk_along(first + seat.row, reads);
+    const Turns<Walk> turns(walk, seat);
+    kept_in(buffer).start(walk, turns, 0, turns.count);
+    return reads;
+  };
+  int buffer = 0;
+  bool reads = kCopies && plan.ahead && start_row(first_row(plan), buffer);
+  if (plan.sums && seat.lane == 0) {
+    sums[seat.row] = RowSums();
+  }
+  if (kGrad && plan.counts) {
+    count_weights<A>(p, plan, sums + plan.rows());
+  }
   // Every thread goes through every turn, with or without a row: the reductions need it.
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
     const int64_t index = index_of(p, row);
-    // Otherwise an ignored row is read only for what does not depend on the target.
-    const bool may_count = !kGeneral || p.picks == 0 || counts<A>(p, row);
-    const bool is_read =
-        exists && may_count && (plan.reads_all || reads_ignored_rows(p) || judge(p, index) != Verdict::kIgnored);
-    const Walk walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
-                    is_read ? p.classes : 0);
+    const Kept<Walk> kept = kept_in(buffer);
+    if (!kCopies || !plan.ahead) {
+      reads = exists && is_read(row);
+    }
+    const Walk walk = walk_along(row, reads);
 
     Any state;
     const auto read = [&](int64_t c, int turn) {
-      const Whole whole = walk.template read<Walk::kSize>(c, /*once=*/!writes_grad || plan.kept > 0);
+      const Whole whole = walk.template read<Walk::kSize>(c);
       if (kGrad && plan.kept > 0) {
-        kept[turn * plan.threads] = whole;
+        kept[turn] = whole;
       }
       return whole;
     };
     if constexpr (kGeneral) {
       A target_y = 0;
       if constexpr (kStats) {
-        if (p.rank && is_read && judge(p, index) == Verdict::kKept) {
+        if (p.rank && reads && judge(p, index) == Verdict::kKept) {
           target_y = given_logit<A, T>(p, row, index) * order;
         }
       }
@@ -258,18 +345,35 @@ __global__ void __launch_bounds__(kMaxThreads,
         }
       });
     } else {
-      const auto push_one = [&](int64_t, const Piece<T, 1>& piece) {
-        const Piece<T, 1> batch[1] = {piece};
-        push_batch(state.exps, batch, 1);
-      };
-      const auto push_some = [&](int64_t, const auto& batch, auto count) { push_batch(state.exps, batch, count); };
       const Turns<Walk> turns(walk, seat);
-      if (kGrad && Walk::kSize > 1 && plan.kept > 0) {
-        push_kept(walk, turns, kept, plan.threads, push_some);
+      const auto push_some = [&](int64_t, const auto& batch, auto count) { push_batch(state.exps, batch, count); };
+      const auto read_kept = [&](int64_t, int turn) { return kept[turn]; };
+      if (kCopies && plan.kept > 0) {
+        // In whole batches, so that the sums are those of a row that is not kept.
+        constexpr int kStages = 4;
+        int stages = kStages;
+        int stage = (turns.count + kStages * Walk::kBatch - 1) / (kStages * Walk::kBatch) * Walk::kBatch;
+        if (plan.ahead) {
+          buffer ^= 1;
+          reads = start_row(first + row_step(plan), buffer);
+          stages = 1;
+          stage = turns.count;
+        } else {
+          CE_NO_UNROLL for (int s = 0; s < kStages; ++s) {
+            kept.start(walk, turns, s * stage, std::min((s + 1) * stage, turns.count));
+          }
+        }
+        CE_NO_UNROLL for (int s = 0; s < stages; ++s) {
+          wait_for_copies(plan.ahead ? 1 : kStages - 1 - s);
+          for_each_batch<Walk::kBatch>(turns, s * stage, std::min((s + 1) * stage, turns.count), read_kept, push_some);
+        }
       } else {
         for_each_batch<Walk::kBatch>(turns, 0, turns.count, read, push_some);
       }
-      for_each_edge(walk, seat, push_one);
+      for_each_edge(walk, seat, [&](int64_t, const Piece<T, 1>& piece) {
+        const Piece<T, 1> batch[1] = {piece};
+        push_batch(state.exps, batch, 1);
+      });
     }
     const RowTarget<A> target = exists ? target_of<kGeneral, A>(p, row, index) : RowTarget<A>();
     // For the row's first thread, before the gradient may replace it.
@@ -285,31 +389,29 @@ __global__ void __launch_bounds__(kMaxThreads,
     }
     complete<kGeneral>(p, row, target, state_of(state));
     if (seat.rank == 0 && exists) {
-      finish<kGeneral>(p, row, target, z_target, state);
+      const A loss = finish<kGeneral>(p, row, target, z_target, state);
+      if (plan.sums) {
+        const A row_weight = row_value<A>(p, p.row_weight, row, 1);
+        const A weight = has_indices(p) ? (target.index < 0 ? A(0) : class_weight<A>(p, target.index)) : A(1);
+        add(sums[seat.row], {row_weight * loss, row_weight * weight});
+      }
     }
     if constexpr (kGrad) {
       if (writes_grad) {
-        const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,
-                       exists ? p.classes : 0);
+        const Walk out = walk_along(row, exists);
         const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride,
                                 out);
         if (target.kept) {
-          RowGradient<A> gradient =
-              make_row_gradient<A>(state.exps, state.coefficients + target.coefficient, A(p.z_loss),
-                                   {upstream_of<A>(p, row)});
+          const A divisor = plan.counts ? static_cast<A>(sums[plan.rows()].weight) : divisor_of<A>(p);
+          RowGradient<A> gradient = make_row_gradient<A>(state.exps, state.coefficients + target.coefficient,
+                                                         A(p.z_loss), {upstream_of<A>(p, row, divisor)});
           if (kGeneral && p.picks > 0) {
             gradient = Picks<A>(p, row).row.gradient_of_others(gradient);
           }
-          const Coefficients<T> coefficients(p, row, out);
-          const auto write = [&](int64_t c, const auto& piece) {
-            write_gradient<kGeneral>(grad, c, piece, target, coefficients, transform, gradient);
-          };
-          const TargetPlace<Walk> place(out, seat, target.index);
           const auto read_again = [&](int64_t c, int turn) {
-            return plan.kept > 0 ? kept[turn * plan.threads] : out.template read<Walk::kSize>(c);
+            return plan.kept > 0 ? kept[turn] : out.template read<Walk::kSize>(c);
           };
-          for_each_piece<1>(out, seat, read_again, write);
-          place.write(write);
+          write_row<kGeneral, 1>(p, row, out, seat, read_again, target, transform, gradient, grad);
         } else {
           write_zeros(out, seat, grad);
         }
@@ -318,6 +420,9 @@ __global__ void __launch_bounds__(kMaxThreads,
     if (plan.cluster) {
       leave_cluster();
     }
+  }
+  if (plan.sums) {
+    sum_tile<A>(p, plan, seat, sums);
   }
 }
 
@@ -349,8 +454,8 @@ void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
   using T = typename Walk::Element;
   const bool merges = plan.blocks > 1 && !plan.cluster;
   Grid grid{blocks_for(p, plan), plan.threads, plan.cluster ? plan.blocks : 1};
-  grid.shared = shared_states<Walk>(plan) * sizeof(State<Acc<T>, kStats>) +
-                static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<T, Walk::kSize>);
+  grid.shared = shared_states<Walk>(plan) * sizeof(State<Acc<T>, kStats>) + shared_sums(plan) * sizeof(RowSums) +
+                static_cast<int64_t>(plan.kept) * (plan.ahead ? 2 : 1) * plan.threads * sizeof(Piece<T, Walk::kSize>);
   if constexpr (kStats) {
     launch(forward_rows<Walk, false, kGeneral, true>, grid, stream, p, plan);
   } else {
@@ -373,11 +478,14 @@ void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
 
 }  // namespace
 
-void forward(const Problem& problem, const Plan& plan, Stream stream) {
+void forward(const Problem& problem, const Plan& given, Stream stream) {
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
     Problem p = problem;
-    const bool grad_needs_a_pass = p.grad.data && plan.blocks > 1 && !plan.cluster;
+    Plan plan = given;
+    plan.ahead = plan.ahead && plan.kept > 0;
+    const bool merges = plan.blocks > 1 && !plan.cluster;
+    const bool grad_needs_a_pass = p.grad.data && merges;
     if (grad_needs_a_pass && !p.max) {
       Acc<T>* rows = Workspace(p.workspace).template rows<Acc<T>>();
       for (void** of_rows : {&p.max, &p.sum, &p.teacher_max, &p.teacher_sum, &p.mean}) {
@@ -385,7 +493,12 @@ void forward(const Problem& problem, const Plan& plan, Stream stream) {
         rows += p.rows;
       }
     }
-    if (p.grad.data && p.divides_by_weight) {
+    plan.sums = p.total && !merges && p.target_type != TargetType::kTeacher;
+    plan.counts = plan.sums && p.grad.data && p.divides_by_weight && p.rows <= kCountedRows;
+    if (plan.sums) {
+      plan.tiles = std::min<int64_t>(plan.tiles, kMaxTiles);
+    }
+    if (p.grad.data && p.divides_by_weight && !plan.counts) {
       sum_rows(p, /*losses=*/false, stream);
     }
     if (p.picks > 0) {
@@ -402,7 +515,9 @@ void forward(const Problem& problem, const Plan& plan, Stream stream) {
     if (p.picks > 0 && p.grad.data) {
       write_picks(p, stream);
     }
-    if (p.total) {
+    if (const int64_t tiles = blocks_for(p, plan) / plan.blocks; plan.sums && tiles > 1) {
+      sum_tiles(p, static_cast<int>(tiles), stream);
+    } else if (p.total && !plan.sums) {
       sum_rows(p, /*losses=*/true, stream);
     }
   });

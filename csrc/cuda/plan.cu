@@ -5,24 +5,31 @@
 #include <algorithm>
 
 #include "reduce.cuh"
+#include "target.cuh"
 #include "workspace.h"
 
 namespace ce::cuda {
 namespace {
 
-// Pieces that a thread should have of a row: what a row costs besides is then little.
-constexpr int64_t kPieces = 16;
-// Rows up to this many pieces take a warp or less, longer ones a whole block.
-constexpr int64_t kWarpRow = 512;
+// How many threads take part in a row.
+struct Sharing {
+  int64_t pieces;    // that a thread should have of it: what a row costs besides is then little
+  int64_t warp_row;  // rows up to this many pieces take a warp or less, longer ones a whole block
+};
+constexpr Sharing kForward{32, 1024};
+constexpr Sharing kForwardGrad{16, 512};
+constexpr Sharing kBackward{8, 512};
 constexpr int kSmallBlock = 128;
 constexpr int kFewLanes = 4;
 // Where there are fewer threads than this for each multiprocessor, more take part in a row,
 constexpr int64_t kBusy = 512;
 // as long as each has this many pieces.
 constexpr int64_t kFewPieces = 4;
-// Bytes of a row that a block keeps at most if it can share the row with others: three such blocks fit a
-// multiprocessor, so that one reads while another writes.
-constexpr int64_t kBlockKeeps = 64 << 10;
+// Bytes of a row that a block keeps at most if it can share the row with others, twice where it reads ahead.
+constexpr int64_t kBlockKeeps = 56 << 10;
+// Blocks that a multiprocessor has registers for, where they keep rows.
+constexpr int64_t kResidentBlocks = 2;
+constexpr int64_t kSystemKeeps = 1 << 10;  // bytes of shared memory, of each block
 // A row that has a multiprocessor to itself is shared as long as each thread has at least so many pieces.
 constexpr int64_t kWorthSharing = 8;
 
@@ -43,17 +50,17 @@ int64_t pieces_of(const Problem& p) {
 }
 
 // Lanes for a row, blocks for few rows.
-Plan plan_threads(const Problem& p, const Device& device) {
+Plan plan_threads(const Problem& p, const Device& device, const Sharing& sharing) {
   const int64_t pieces = pieces_of(p);
   Plan plan;
   if (walks_along(p)) {
-    plan.lanes =
-        static_cast<int>(std::clamp<int64_t>(power_of_two((pieces + kPieces - 1) / kPieces), kFewLanes, kWarp));
+    plan.lanes = static_cast<int>(
+        std::clamp<int64_t>(power_of_two((pieces + sharing.pieces - 1) / sharing.pieces), kFewLanes, kWarp));
     const auto is_idle = [&] { return p.rows * plan.lanes < kBusy * device.multiprocessors; };
     while (plan.lanes < kWarp && is_idle() && pieces >= 2 * plan.lanes * kFewPieces) {
       plan.lanes *= 2;
     }
-    if (pieces > kWarpRow || (pieces >= kSmallBlock * kFewPieces / 2 && is_idle())) {
+    if (pieces > sharing.warp_row || (pieces >= kSmallBlock * kFewPieces / 2 && is_idle())) {
       plan.threads =
           static_cast<int>(std::clamp<int64_t>(power_of_two(pieces / kFewPieces / 2), kSmallBlock, kMaxThreads));
       plan.lanes = plan.threads;
@@ -86,7 +93,7 @@ int64_t state_size(const Problem& p) {
 }
 
 Plan plan_forward(const Problem& p, const Device& device) {
-  Plan plan = plan_threads(p, device);
+  Plan plan = plan_threads(p, device, p.grad.data ? kForwardGrad : kForward);
   const bool along = walks_along(p);
   const int64_t pieces = pieces_of(p);
   const int64_t bytes = p.classes * size_of(p.dtype);
@@ -94,22 +101,31 @@ Plan plan_forward(const Problem& p, const Device& device) {
   while (p.grad.data && whole_block && plan.blocks < device.max_cluster && bytes / plan.blocks > kBlockKeeps) {
     plan.blocks *= 2;
   }
-  plan.reads_all = pieces <= kWarpRow;
+  plan.reads_all = pieces <= kForwardGrad.warp_row;
   plan.cluster = along && plan.blocks > 1 && plan.blocks <= device.max_cluster;
   if (p.grad.data && (plan.blocks == 1 || plan.cluster)) {
     const int64_t ranks = int64_t{plan.lanes} * plan.blocks;
     const int64_t kept = (pieces + ranks - 1) / ranks;
-    const int64_t piece = along ? 16 : size_of(p.dtype);
-    const int64_t states = plan.threads * state_size(p);
-    if (kept * piece * plan.threads + states <= device.shared_memory) {
+    const int64_t bytes_kept = kept * (along ? 16 : size_of(p.dtype)) * plan.threads;
+    const int warps = plan.threads / kWarp;
+    const int64_t others = (along ? warps + 1 : plan.threads) * state_size(p) +
+                           (plan.rows() + warps) * static_cast<int64_t>(sizeof(RowSums));
+    if (bytes_kept + others <= device.shared_memory) {
       plan.kept = static_cast<int>(kept);
+    }
+    plan.ahead = whole_block && !is_general(p) && p.target_type != TargetType::kTeacher &&
+                 2 * bytes_kept + others <= device.shared_memory;
+    if (plan.ahead) {
+      const int64_t of_memory = (device.shared_memory + kSystemKeeps) / (2 * bytes_kept + others + kSystemKeeps);
+      const int64_t resident = std::min(kResidentBlocks, of_memory);
+      plan.tiles = std::max<int64_t>(1, device.multiprocessors * resident / plan.blocks);
     }
   }
   return plan;
 }
 
 Plan plan_backward(const Problem& p, const Device& device) {
-  return plan_threads(p, device);
+  return plan_threads(p, device, kBackward);
 }
 
 }  // namespace ce::cuda

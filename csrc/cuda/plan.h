@@ -29,7 +29,10 @@ struct Plan {
   bool cluster = false;  // whether those are one cluster; otherwise a second kernel merges what they find
   int kept = 0;          // pieces that each thread keeps in shared memory for the gradient; 0: it reads the row again
 
+  bool ahead = false;         // the kept pieces of the next row are read while a row is worked on
   bool reads_all = false;     // also ignored rows: short ones are read before their target has arrived
+  bool sums = false;          // each tile sums up its rows' losses and weights, for sum_tiles()
+  bool counts = false;        // each block finds the divisor of the mean itself
   int64_t tiles = INT64_MAX;  // of rows that run at a time, at most; their blocks go on with the next
 
   CE_HOST_DEVICE int rows() const { return threads >> log2_of(lanes); }  // of a block, a tile
@@ -53,6 +56,8 @@ void backward(const Problem&, const Plan&, Stream);
 
 // The steps that they share. The divisor of the mean, where it is the kept rows' weight, and, with `losses`, `total`:
 void sum_rows(const Problem&, bool losses, Stream);
+// The same from what the tiles of a forward pass have summed up, if there is more than one.
+void sum_tiles(const Problem&, int tiles, Stream);
 // The gradient of the logits, where the divisor is known.
 void map_gradient(const Problem&, const Plan&, Stream);
 // With picks: before a pass over the classes, and after one that writes their gradient.

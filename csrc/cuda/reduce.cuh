@@ -60,9 +60,9 @@ CE_DEVICE RowStats<A> sum_of_lanes(RowStats<A> stats, int width) {
   stats.state = sum_of_lanes<kGeneral>(stats.state, width);
   for_each_distance(width, [&](int distance) {
     const RowPlace<A>& mine = stats.place;
-    stats.place = mine.merge({__shfl_xor_sync(kAllLanes, mine.max, distance),
-                              __shfl_xor_sync(kAllLanes, mine.argmax, distance),
-                              __shfl_xor_sync(kAllLanes, mine.rank, distance)});
+    stats.place =
+        mine.merge({__shfl_xor_sync(kAllLanes, mine.max, distance), __shfl_xor_sync(kAllLanes, mine.argmax, distance),
+                    __shfl_xor_sync(kAllLanes, mine.rank, distance)});
   });
   return stats;
 }
@@ -116,8 +116,8 @@ CE_DEVICE State sum_in_block(State state, const Plan& plan, State* shared) {
   return state;
 }
 
-// Of the blocks of a cluster, whose one row it is, for each of their threads. Until leave_cluster() nobody ends or writes
-// its part again.
+// Of the blocks of a cluster, whose one row it is, for each of their threads. Until leave_cluster() nobody ends or
+// writes its part again.
 template <bool kGeneral, typename State>
 CE_DEVICE State sum_in_cluster(State state, const Plan& plan, State* shared) {
   State* const mine = shared + plan.threads / kWarp;

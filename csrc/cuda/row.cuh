@@ -15,14 +15,11 @@ struct alignas(sizeof(T) * kCount) Piece {
   T elements[kCount];
 };
 
-// Pieces that are read `once`, and those written for somebody who will read them much later, need no place in the
-// caches.
 template <typename T, int kSize>
-CE_DEVICE Piece<T, kSize> load(const T* address, bool once = true) {
+CE_DEVICE Piece<T, kSize> load(const T* address) {
   Piece<T, kSize> piece;
   if constexpr (sizeof(piece) == sizeof(uint4)) {
-    const uint4* const vector = reinterpret_cast<const uint4*>(address);
-    const uint4 bits = once ? __ldcs(vector) : *vector;
+    const uint4 bits = *reinterpret_cast<const uint4*>(address);
     memcpy(&piece, &bits, sizeof(piece));
   } else {
     static_assert(kSize == 1);
@@ -31,6 +28,7 @@ CE_DEVICE Piece<T, kSize> load(const T* address, bool once = true) {
   return piece;
 }
 
+// Whoever will read a gradient will do so much later: it needs no place in the caches.
 template <typename T, int kSize>
 CE_DEVICE void store(T* address, const Piece<T, kSize>& piece) {
   if constexpr (sizeof(piece) == sizeof(uint4)) {
@@ -102,8 +100,8 @@ class Along {
 
   CE_DEVICE const T* address(int64_t c) const { return data_ + c; }
   template <int kCount>
-  CE_DEVICE Piece<T, kCount> read(int64_t c, bool once = true) const {
-    return load<T, kCount>(address(c), once);
+  CE_DEVICE Piece<T, kCount> read(int64_t c) const {
+    return load<T, kCount>(address(c));
   }
 
  private:
@@ -135,8 +133,8 @@ class Across {
 
   CE_DEVICE const T* address(int64_t c) const { return data_ + c * stride_; }
   template <int kCount>
-  CE_DEVICE Piece<T, kCount> read(int64_t c, bool once = true) const {
-    return load<T, kCount>(address(c), once);
+  CE_DEVICE Piece<T, kCount> read(int64_t c) const {
+    return load<T, kCount>(address(c));
   }
 
  private:
@@ -156,15 +154,15 @@ void dispatch_walk(const Problem& p, F&& f) {
 // The whole pieces of a row that are this thread's: from class `first` on, `step` classes apart.
 template <typename Walk>
 struct Turns {
-  int64_t first, step;
-  int count;
+  int64_t first;
+  int step, count;
 
   CE_DEVICE Turns(const Walk& walk, const Seat& seat)
       : first(walk.class_of(seat.rank)),
-        step(int64_t{Walk::kSize} << seat.bits),
+        step(Walk::kSize << seat.bits),
         count(static_cast<int>((walk.pieces() - seat.rank + (int64_t{1} << seat.bits) - 1) >> seat.bits)) {}
 
-  CE_DEVICE int64_t class_of(int turn) const { return first + turn * step; }
+  CE_DEVICE int64_t class_of(int turn) const { return first + int64_t{turn} * step; }
 };
 
 // Calls f(c, piece) for this thread's edges of a row, whose pieces have one element, the class c.
@@ -186,7 +184,7 @@ CE_DEVICE void for_each_batch(const Turns<Walk>& turns, int from, int to, Read&&
     Whole batch[kBatch];
     const int64_t c = turns.class_of(turn);
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
-      batch[i] = read(c + i * turns.step, turn + i);
+      batch[i] = read(c + int64_t{i} * turns.step, turn + i);
     }
     f(c, batch, std::integral_constant<int, kBatch>());
   }
@@ -195,7 +193,7 @@ CE_DEVICE void for_each_batch(const Turns<Walk>& turns, int from, int to, Read&&
     const int64_t c = turns.class_of(turn);
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (turn + i < to) {
-        batch[i] = read(c + i * turns.step, turn + i);
+        batch[i] = read(c + int64_t{i} * turns.step, turn + i);
       }
     }
     f(c, batch, to - turn);
@@ -209,16 +207,16 @@ CE_DEVICE void for_each_piece(const Walk& walk, const Seat& seat, Read&& read, F
   for_each_edge(walk, seat, f);
   const Turns<Walk> turns(walk, seat);
   int64_t c = turns.first;
-  for (int turn = 0; turn < turns.count; turn += kBatch, c += kBatch * turns.step) {
+  for (int turn = 0; turn < turns.count; turn += kBatch, c += kBatch * int64_t{turns.step}) {
     Whole batch[kBatch];
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (turn + i < turns.count) {
-        batch[i] = read(c + i * turns.step, turn + i);
+        batch[i] = read(c + int64_t{i} * turns.step, turn + i);
       }
     }
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (turn + i < turns.count) {
-        f(c + i * turns.step, batch[i]);
+        f(c + int64_t{i} * turns.step, batch[i]);
       }
     }
   }
@@ -227,8 +225,7 @@ CE_DEVICE void for_each_piece(const Walk& walk, const Seat& seat, Read&& read, F
 // The same, read from memory.
 template <typename Walk, typename F>
 CE_DEVICE void for_each_piece(const Walk& walk, const Seat& seat, F&& f) {
-  for_each_piece<Walk::kBatch>(
-      walk, seat, [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); }, f);
+  for_each_piece<Walk::kBatch>(walk, seat, [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); }, f);
 }
 
 // An operand that is taken where a walk over the logits happens to be: in whole pieces if it lies as they do.
@@ -241,6 +238,9 @@ class Companion {
         stride_(class_stride),
         is_whole_(class_stride == 1 &&
                   reinterpret_cast<uintptr_t>(data + walk.class_of(0)) % (sizeof(T) * Walk::kSize) == 0) {}
+
+  CE_DEVICE bool is_whole() const { return is_whole_; }
+  CE_DEVICE T* address(int64_t c) const { return data_ + c * stride_; }
 
   template <int kSize>
   CE_DEVICE void read(int64_t c, std::remove_const_t<T> (&elements)[kSize]) const {

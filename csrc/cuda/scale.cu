@@ -22,14 +22,14 @@ __global__ void __launch_bounds__(kThreads)
   plan.threads = plan.lanes = kThreads;
   plan.blocks = gridDim.x;
   for_each_piece(walk, Along<T>::seat(plan), [&](int64_t i, const auto& piece) {
-                   constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
-                   A values[kSize];
-                   unpack(piece, values);
-                   for (A& value : values) {
-                     value *= scalar;
-                   }
-                   out.write(i, pack<T, kSize>(values));
-                 });
+    constexpr int kSize = std::decay_t<decltype(piece)>::kSize;
+    A values[kSize];
+    unpack(piece, values);
+    for (A& value : values) {
+      value *= scalar;
+    }
+    out.write(i, pack<T, kSize>(values));
+  });
 }
 
 }  // namespace

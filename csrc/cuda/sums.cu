@@ -1,8 +1,7 @@
-// Sums over all rows: the loss, and the class weights that a mean divides by. By one block, the blocks of a cluster, or
-// blocks whose sums a second kernel adds; always in a fixed order.
+// Kernels that sum over all rows, or over what the blocks of another kernel have summed up. By one block, the blocks of
+// a cluster, or blocks whose sums a second kernel adds; always in a fixed order.
 
-#include "reduce.cuh"
-#include "target.cuh"
+#include "sums.cuh"
 
 namespace ce::cuda {
 namespace {
@@ -16,28 +15,15 @@ constexpr int kCluster = 8;
 template <typename A>
 CE_DEVICE RowSums sums_of(const Problem& p, int64_t row, bool losses, bool weights) {
   RowSums sums;
-  const A row_weight = row_value<A>(p, p.row_weight, row, 1);
   if (losses) {
     // Without row weights any order will do.
     const int64_t offset = p.row_weight.data ? row_offset(p, row, p.row_strides) : row;
-    sums.loss = row_weight * static_cast<const A*>(p.loss)[offset];
+    sums.loss = row_value<A>(p, p.row_weight, row, 1) * static_cast<const A*>(p.loss)[offset];
   }
-  if (weights && !has_indices(p)) {
-    sums.weight = row_weight;
-  } else if (weights) {
-    const int64_t target = read_target(p, row);
-    sums.weight = judge(p, target) == Verdict::kKept ? row_weight * weight_of_target<A>(p, target) : A(0);
+  if (weights) {
+    sums.weight = weight_of_row<A>(p, row);
   }
   return sums;
-}
-
-CE_DEVICE void add(RowSums& to, const RowSums& sums) {
-  to.loss += sums.loss;
-  to.weight += sums.weight;
-}
-
-CE_DEVICE RowSums sum_in_warp(RowSums sums) {
-  return {sum_of_lanes(sums.loss, kWarp), sum_of_lanes(sums.weight, kWarp)};
 }
 
 // For the first warp's threads.
@@ -63,18 +49,6 @@ CE_DEVICE RowSums sum_in_cluster(RowSums sums) {
   }
   cluster_barrier();  // nobody leaves before all have read
   return sums;
-}
-
-template <typename A>
-CE_DEVICE void write(const Problem& p, const RowSums& sums, bool losses, bool weights) {
-  A* const divisor = Workspace(p.workspace).template divisor<A>();
-  if (weights) {
-    *divisor = static_cast<A>(divisor_of_mean(sums.weight, p));
-  }
-  if (losses) {
-    const bool is_known = !p.divides_by_weight && !p.divisor.data;  // to more digits than A may have
-    store_from_double(sums.loss / (is_known ? p.divisor.value : double(divisor_of<A>(p))), p.total, p.total_type);
-  }
 }
 
 template <typename A>
@@ -105,36 +79,61 @@ __global__ void __launch_bounds__(kSumThreads)
     if (!cluster && gridDim.x > 1) {
       Workspace(p.workspace).sums()[blockIdx.x] = sums;
     } else if (blockIdx.x == 0) {
-      write<A>(p, sums, losses, weights);
+      write_sums<A>(p, sums, losses, weights);
     }
   }
 }
 
 template <typename A>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_blocks(const __grid_constant__ Problem p, const __grid_constant__ int blocks,
-               const __grid_constant__ bool losses, const __grid_constant__ bool weights) {
+    sum_partial(const __grid_constant__ Problem p, const __grid_constant__ int blocks,
+                const __grid_constant__ bool losses, const __grid_constant__ bool weights) {
+  constexpr int kBatch = 8;
   wait_for_previous();
   const RowSums* const partial = Workspace(p.workspace).sums();
-  const RowSums sums = sum_in_block(static_cast<int>(threadIdx.x) < blocks ? partial[threadIdx.x] : RowSums());
-  if (threadIdx.x == 0) {
-    write<A>(p, sums, losses, weights);
+  RowSums sums;
+  for (int first = threadIdx.x; first < blocks; first += kBatch * kSumThreads) {
+    RowSums batch[kBatch];
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
+      if (first + i * kSumThreads < blocks) {
+        batch[i] = partial[first + i * kSumThreads];
+      }
+    }
+    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
+      add(sums, batch[i]);
+    }
   }
+  sums = sum_in_block(sums);
+  if (threadIdx.x == 0) {
+    write_sums<A>(p, sums, losses, weights);
+  }
+}
+
+constexpr int64_t kShared = (kSumThreads / kWarp + 1) * sizeof(RowSums);
+
+template <typename A>
+void sum_blocks(const Problem& p, int blocks, bool losses, bool weights, Stream stream) {
+  launch(sum_partial<A>, {1, kSumThreads, 1, kShared, /*early=*/true}, stream, p, blocks, losses, weights);
 }
 
 template <typename A>
 void sum_rows(const Problem& p, bool losses, bool weights, Stream stream) {
   const bool cluster = p.rows > kOneBlock && p.rows <= kOneCluster && current_device().max_cluster >= kCluster;
   const int blocks = p.rows <= kOneBlock ? 1 : cluster ? kCluster : kSumBlocks;
-  constexpr int64_t kShared = (kSumThreads / kWarp + 1) * sizeof(RowSums);
   const Grid grid{blocks, kSumThreads, cluster ? kCluster : 1, kShared, /*early=*/true};
   launch(sum_all_rows<A>, grid, stream, p, losses, weights, cluster);
   if (blocks > 1 && !cluster) {
-    launch(sum_blocks<A>, {1, kSumThreads, 1, kShared, /*early=*/true}, stream, p, blocks, losses, weights);
+    sum_blocks<A>(p, blocks, losses, weights, stream);
   }
 }
 
 }  // namespace
+
+void sum_tiles(const Problem& p, int tiles, Stream stream) {
+  const bool weights = p.divides_by_weight && !p.grad.data;
+  p.dtype == DType::kFloat64 ? sum_blocks<double>(p, tiles, /*losses=*/true, weights, stream)
+                             : sum_blocks<float>(p, tiles, /*losses=*/true, weights, stream);
+}
 
 void sum_rows(const Problem& p, bool losses, Stream stream) {
   // A gradient in the forward pass has needed the divisor before.

@@ -157,14 +157,19 @@ CE_DEVICE A divisor_of(const Problem& p) {
 
 // The upstream gradient of a row's loss: with its weight, over the divisor of the reduction.
 template <typename A>
-CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
+CE_DEVICE A upstream_of(const Problem& p, int64_t row, A divisor) {
   const Input& grad = p.grad_loss;
   const A upstream =
       grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) : A(1);
-  return upstream * row_value<A>(p, p.row_weight, row, 1) / divisor_of<A>(p);
+  return upstream * row_value<A>(p, p.row_weight, row, 1) / divisor;
+}
+template <typename A>
+CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
+  return upstream_of<A>(p, row, divisor_of<A>(p));
 }
 
-// The gradient of the formula's logits z, of a piece of a row from class c on, but for the part that only the target has.
+// The gradient of the formula's logits z, of a piece of a row from class c on, but for the part that only the target
+// has.
 template <bool kGeneral, typename T, int kSize, typename A = Acc<T>>
 CE_DEVICE void gradient_of_logits(int64_t c, const A (&z)[kSize], const Coefficients<T>& coefficients,
                                   const RowGradient<A>& row, A (&values)[kSize]) {
@@ -210,8 +215,8 @@ CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T
   grad.write(c, pack<T, kSize>(values));
 }
 
-// The target's element where it lies in a whole piece, for the thread whose piece it is: it writes the element once more
-// after the piece, from the logit that it has read before, which saves looking for the target in every piece.
+// The target's element where it lies in a whole piece, for the thread whose piece it is: it writes the element once
+// more after the piece, from the logit that it has read before, which saves looking for the target in every piece.
 template <typename Walk>
 class TargetPlace {
  public:
@@ -249,6 +254,41 @@ CE_DEVICE void write_zeros(const Walk& walk, const Seat& seat, const Companion<T
   for (int turn = 0; turn < turns.count; ++turn) {
     grad.write(turns.class_of(turn), Piece<T, Walk::kSize>());
   }
+}
+
+// Writes the gradient of a kept row, whose whole pieces `read` gets.
+template <bool kGeneral, int kBatch, typename Walk, typename Read, typename T = typename Walk::Element>
+CE_DEVICE void write_row(const Problem& p, int64_t row, const Walk& walk, const Seat& seat, Read&& read,
+                         const RowTarget<Acc<T>>& target, const LogitTransform<Acc<T>>& transform,
+                         const RowGradient<Acc<T>>& gradient, const Companion<T>& grad) {
+  using A = Acc<T>;
+  const Coefficients<T> coefficients(p, row, walk);
+  const TargetPlace<Walk> place(walk, seat, target.index);
+  const auto write = [&](int64_t c, const auto& piece) {
+    write_gradient<kGeneral>(grad, c, piece, target, coefficients, transform, gradient);
+  };
+  const Exponentials<A> exponentials(gradient.max);
+  constexpr bool kPlain = !kGeneral && Walk::kSize > 1;
+  if (kPlain && grad.is_whole() && exponentials.apply()) {
+    const A scale = gradient.scale / exponentials.unit();
+    const Turns<Walk> turns(walk, seat);
+    for_each_batch<kBatch>(turns, 0, turns.count, read, [&](int64_t c, const auto& batch, auto count) {
+      CE_UNROLL for (int i = 0; i < kBatch; ++i) {
+        if (i < count) {
+          A z[Walk::kSize], values[Walk::kSize];
+          unpack(batch[i], z);
+          CE_UNROLL for (int j = 0; j < Walk::kSize; ++j) {
+            values[j] = scale * exponentials.power(z[j]);
+          }
+          store(grad.address(0) + (c + int64_t{i} * turns.step), pack<T, Walk::kSize>(values));
+        }
+      }
+    });
+    for_each_edge(walk, seat, write);
+  } else {
+    for_each_piece<kPlain ? 1 : kBatch>(walk, seat, read, write);
+  }
+  place.write(write);
 }
 
 }  // namespace ce::cuda

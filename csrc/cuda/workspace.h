@@ -8,6 +8,7 @@
 namespace ce::cuda {
 
 constexpr int kSumBlocks = 128;     // that share a sum over rows
+constexpr int kMaxTiles = 1 << 12;  // of rows whose sums they leave here
 constexpr int kRowValues = 5;       // max, sum, teacher_max, teacher_sum, mean
 constexpr int kMaxParts = 1 << 12;  // of rows that blocks share without a cluster, rows times blocks
 
@@ -38,7 +39,7 @@ class Workspace {
   }
 
   static constexpr int64_t kSums = 16;
-  static constexpr int64_t kRows = kSums + kSumBlocks * sizeof(RowSums);
+  static constexpr int64_t kRows = kSums + kMaxTiles * sizeof(RowSums);
   static constexpr int64_t kParts = kRows + kMaxParts / 2 * kRowValues * sizeof(double);
 
  private:
