@@ -212,7 +212,12 @@ struct RowGradient {
   // `exp` is exp(z_c − max), `coefficient` is a_c.
   template <typename V>
   CE_HOST_DEVICE static V element(V exp, V coefficient, V scale, V upstream) {
+#ifdef __CUDA_ARCH__
+    // Which product is fused with the difference is not the compiler's choice: kernels have to agree to the bit.
+    return fma(scale, exp, -(upstream * coefficient));
+#else
     return scale * exp - upstream * coefficient;
+#endif
   }
 };
 

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
       write_zeros(walk, seat, grad);
       continue;
     }
-    const auto read = [&](int64_t c, int) { return walk.template read<Walk::kSize>(c); };
+    const FromMemory<Walk> read{walk};
     write_row<kGeneral, kGeneral ? 2 : 3>(p, row, walk, seat, read, target, transform, gradient, grad);
   }
 }

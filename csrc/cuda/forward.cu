@@ -172,45 +172,22 @@ CE_DEVICE A target_logit(const Problem& p, int64_t row, const RowTarget<A>& targ
   return kGeneral ? apply(transform_of<A>(p), x) : x;
 }
 
-// Up to so many rows each block finds the divisor of the mean itself, which takes less time than a kernel.
-constexpr int64_t kCountedRows = 1 << 11;
-
-// Shared memory for the sums of a block's rows, and of its warps to find the divisor with.
+// Shared memory for the sums of a block's rows.
 CE_HOST_DEVICE int shared_sums(const Plan& plan) {
-  return plan.sums ? plan.rows() + kMaxThreads / kWarp : 0;
-}
-
-// Finds the divisor of the mean, as every block does, and leaves it in the weight of the first of `shared`.
-template <typename A>
-CE_DEVICE void count_weights(const Problem& p, const Plan& plan, RowSums* shared) {
-  RowSums sums;
-  for (int64_t row = threadIdx.x; row < p.rows; row += plan.threads) {
-    sums.weight += weight_of_row<A>(p, row);
-  }
-  sums = sum_in_warp(sums);
-  if (threadIdx.x % kWarp == 0) {
-    shared[threadIdx.x / kWarp] = sums;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int warp = 1; warp < plan.threads / kWarp; ++warp) {
-      shared[0].weight += shared[warp].weight;
-    }
-    shared[0].weight = divisor_of_mean(shared[0].weight, p);
-  }
-  __syncthreads();
+  return plan.sums ? plan.rows() : 0;
 }
 
 // Leaves the sum of a tile's rows for sum_tiles(), or the results where there is no other tile. Of what each thread
 // that finishes rows has in `shared`.
 template <typename A>
 CE_DEVICE void sum_tile(const Problem& p, const Plan& plan, const Seat& seat, const RowSums* shared) {
+  wait_for_previous();  // which may have its own sums there
   __syncthreads();
   if (threadIdx.x >= kWarp || seat.block != 0) {
     return;
   }
   RowSums sums;
-  for (int i = threadIdx.x; i < plan.rows(); i += kWarp) {
+  CE_NO_UNROLL for (int i = threadIdx.x; i < plan.rows(); i += kWarp) {
     add(sums, shared[i]);
   }
   sums = sum_in_warp(sums);
@@ -218,9 +195,6 @@ CE_DEVICE void sum_tile(const Problem& p, const Plan& plan, const Seat& seat, co
     const unsigned tile = blockIdx.x >> log2_of(plan.blocks);
     const Workspace workspace(p.workspace);
     workspace.sums()[tile] = sums;
-    if (tile == 0 && plan.counts) {
-      *workspace.template divisor<A>() = static_cast<A>(shared[plan.rows()].weight);
-    }
     if (gridDim.x == static_cast<unsigned>(plan.blocks)) {
       write_sums<A>(p, sums, /*losses=*/true, p.divides_by_weight && !p.grad.data);
     }
@@ -236,6 +210,13 @@ class Kept {
   CE_DEVICE Kept(Whole* pieces, int stride) : pieces_(pieces), stride_(stride) {}
 
   CE_DEVICE Whole& operator[](int turn) const { return pieces_[turn * stride_]; }
+
+  // For write_row().
+  CE_DEVICE static constexpr bool is_kept() { return true; }
+  CE_DEVICE Whole operator()(int64_t, int turn) const { return (*this)[turn]; }
+  CE_DEVICE Piece<typename Walk::Element, 1> element(const TargetPlace<Walk>& place) const {
+    return {reinterpret_cast<const typename Walk::Element*>(&(*this)[place.turn()])[place.element()]};
+  }
 
   // Begins to read the pieces from turn to turn.
   CE_DEVICE void start(const Walk& walk, const Turns<Walk>& turns, int from, int to) const {
@@ -253,7 +234,7 @@ class Kept {
 
 template <typename Walk, bool kGrad, bool kGeneral, bool kStats>
 __global__ void __launch_bounds__(kMaxThreads,
-                                  kBlocks<typename Walk::Element, (Walk::kSize == 1 ? 1 : 2 * kGrad) + 2 * kGeneral>)
+                                  kBlocks<typename Walk::Element, (Walk::kSize == 1 || kGrad) + 2 * kGeneral>)
     forward_rows(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
   using T = typename Walk::Element;
   using A = Acc<T>;
@@ -264,11 +245,9 @@ __global__ void __launch_bounds__(kMaxThreads,
   const A order = kStats ? order_of_logits<A>(p) : A(0);
   Any* const states = static_cast<Any*>(shared_memory());
   RowSums* const sums = reinterpret_cast<RowSums*>(states + shared_states<Walk>(plan));
-  Whole* const all_kept = reinterpret_cast<Whole*>(sums + shared_sums(plan)) + threadIdx.x;
 
   // The general kernel is one for both, which is much less to compile; its registers are for both alike.
   const bool writes_grad = kGrad && (!kGeneral || p.grad.data);
-  const Seat seat = Walk::seat(plan);
   let_next_start();
   // An ignored row is read only for what does not depend on the target.
   const auto is_read = [&](int64_t row) {
@@ -278,35 +257,18 @@ __global__ void __launch_bounds__(kMaxThreads,
   const auto walk_along = [&](int64_t row, bool is_there) {
     return Walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, is_there ? p.classes : 0);
   };
-  const auto kept_in = [&](int buffer) {
-    return Kept<Walk>(all_kept + buffer * plan.kept * plan.threads, plan.threads);
-  };
-  // Begins to read a row ahead, and tells whether it is read at all.
-  const auto start_row = [&](int64_t first, int buffer) {
-    const bool reads = first + seat.row < p.rows && is_read(first + seat.row);
-    const Walk walk = walk_along(first + seat.row, reads);
-    const Turns<Walk> turns(walk, seat);
-    kept_in(buffer).start(walk, turns, 0, turns.count);
-    return reads;
-  };
-  int buffer = 0;
-  bool reads = kCopies && plan.ahead && start_row(first_row(plan), buffer);
-  if (plan.sums && seat.lane == 0) {
+  if (const Seat seat = Walk::seat(plan); plan.sums && seat.lane == 0) {
     sums[seat.row] = RowSums();
-  }
-  if (kGrad && plan.counts) {
-    count_weights<A>(p, plan, sums + plan.rows());
   }
   // Every thread goes through every turn, with or without a row: the reductions need it.
   for (int64_t first = first_row(plan); first < p.rows; first += row_step(plan)) {
+    const Seat seat = Walk::seat(plan);
     const bool exists = first + seat.row < p.rows;
     const int64_t row = exists ? first + seat.row : first;
     const int64_t index = index_of(p, row);
-    const Kept<Walk> kept = kept_in(buffer);
-    if (!kCopies || !plan.ahead) {
-      reads = exists && is_read(row);
-    }
+    const bool reads = exists && is_read(row);
     const Walk walk = walk_along(row, reads);
+    const Kept<Walk> kept(reinterpret_cast<Whole*>(sums + shared_sums(plan)) + thread_anew(), plan.threads);
 
     Any state;
     const auto read = [&](int64_t c, int turn) {
@@ -347,25 +309,16 @@ __global__ void __launch_bounds__(kMaxThreads,
     } else {
       const Turns<Walk> turns(walk, seat);
       const auto push_some = [&](int64_t, const auto& batch, auto count) { push_batch(state.exps, batch, count); };
-      const auto read_kept = [&](int64_t, int turn) { return kept[turn]; };
-      if (kCopies && plan.kept > 0) {
+      if constexpr (kCopies) {
         // In whole batches, so that the sums are those of a row that is not kept.
         constexpr int kStages = 4;
-        int stages = kStages;
-        int stage = (turns.count + kStages * Walk::kBatch - 1) / (kStages * Walk::kBatch) * Walk::kBatch;
-        if (plan.ahead) {
-          buffer ^= 1;
-          reads = start_row(first + row_step(plan), buffer);
-          stages = 1;
-          stage = turns.count;
-        } else {
-          CE_NO_UNROLL for (int s = 0; s < kStages; ++s) {
-            kept.start(walk, turns, s * stage, std::min((s + 1) * stage, turns.count));
-          }
+        const int stage = (turns.count + kStages * Walk::kBatch - 1) / (kStages * Walk::kBatch) * Walk::kBatch;
+        CE_NO_UNROLL for (int s = 0; s < kStages; ++s) {
+          kept.start(walk, turns, s * stage, std::min((s + 1) * stage, turns.count));
         }
-        CE_NO_UNROLL for (int s = 0; s < stages; ++s) {
-          wait_for_copies(plan.ahead ? 1 : kStages - 1 - s);
-          for_each_batch<Walk::kBatch>(turns, s * stage, std::min((s + 1) * stage, turns.count), read_kept, push_some);
+        CE_NO_UNROLL for (int s = 0; s < kStages; ++s) {
+          wait_for_copies(kStages - 1 - s);
+          for_each_batch<Walk::kBatch>(turns, s * stage, std::min((s + 1) * stage, turns.count), kept, push_some);
         }
       } else {
         for_each_batch<Walk::kBatch>(turns, 0, turns.count, read, push_some);
@@ -398,20 +351,21 @@ __global__ void __launch_bounds__(kMaxThreads,
     }
     if constexpr (kGrad) {
       if (writes_grad) {
+        wait_for_previous();  // which has found the divisor meanwhile
         const Walk out = walk_along(row, exists);
         const Companion<T> grad(static_cast<T*>(p.grad.data) + row_offset(p, row, p.grad.strides), p.grad.class_stride,
                                 out);
         if (target.kept) {
-          const A divisor = plan.counts ? static_cast<A>(sums[plan.rows()].weight) : divisor_of<A>(p);
           RowGradient<A> gradient = make_row_gradient<A>(state.exps, state.coefficients + target.coefficient,
-                                                         A(p.z_loss), {upstream_of<A>(p, row, divisor)});
+                                                         A(p.z_loss), {upstream_of<A>(p, row)});
           if (kGeneral && p.picks > 0) {
             gradient = Picks<A>(p, row).row.gradient_of_others(gradient);
           }
-          const auto read_again = [&](int64_t c, int turn) {
-            return plan.kept > 0 ? kept[turn] : out.template read<Walk::kSize>(c);
-          };
-          write_row<kGeneral, 1>(p, row, out, seat, read_again, target, transform, gradient, grad);
+          if (kCopies || plan.kept > 0) {
+            write_row<kGeneral, 1>(p, row, out, seat, kept, target, transform, gradient, grad);
+          } else {
+            write_row<kGeneral, 1>(p, row, out, seat, FromMemory<Walk>{out}, target, transform, gradient, grad);
+          }
         } else {
           write_zeros(out, seat, grad);
         }
@@ -422,7 +376,7 @@ __global__ void __launch_bounds__(kMaxThreads,
     }
   }
   if (plan.sums) {
-    sum_tile<A>(p, plan, seat, sums);
+    sum_tile<A>(p, plan, Walk::seat(plan), sums);
   }
 }
 
@@ -449,13 +403,20 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
+// Whether the gradient needs a divisor that a kernel has to find first. That kernel lets the rows' start when all that
+// they read is there but for the divisor.
+bool finds_divisor_before(const Problem& p) {
+  return p.grad.data && p.divides_by_weight;
+}
+
 template <typename Walk, bool kGeneral, bool kStats>
 void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
   using T = typename Walk::Element;
   const bool merges = plan.blocks > 1 && !plan.cluster;
   Grid grid{blocks_for(p, plan), plan.threads, plan.cluster ? plan.blocks : 1};
+  grid.early = finds_divisor_before(p) && p.picks == 0;
   grid.shared = shared_states<Walk>(plan) * sizeof(State<Acc<T>, kStats>) + shared_sums(plan) * sizeof(RowSums) +
-                static_cast<int64_t>(plan.kept) * (plan.ahead ? 2 : 1) * plan.threads * sizeof(Piece<T, Walk::kSize>);
+                static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<T, Walk::kSize>);
   if constexpr (kStats) {
     launch(forward_rows<Walk, false, kGeneral, true>, grid, stream, p, plan);
   } else {
@@ -483,7 +444,6 @@ void forward(const Problem& problem, const Plan& given, Stream stream) {
     using T = decltype(element);
     Problem p = problem;
     Plan plan = given;
-    plan.ahead = plan.ahead && plan.kept > 0;
     const bool merges = plan.blocks > 1 && !plan.cluster;
     const bool grad_needs_a_pass = p.grad.data && merges;
     if (grad_needs_a_pass && !p.max) {
@@ -494,11 +454,10 @@ void forward(const Problem& problem, const Plan& given, Stream stream) {
       }
     }
     plan.sums = p.total && !merges && p.target_type != TargetType::kTeacher;
-    plan.counts = plan.sums && p.grad.data && p.divides_by_weight && p.rows <= kCountedRows;
     if (plan.sums) {
       plan.tiles = std::min<int64_t>(plan.tiles, kMaxTiles);
     }
-    if (p.grad.data && p.divides_by_weight && !plan.counts) {
+    if (finds_divisor_before(p)) {
       sum_rows(p, /*losses=*/false, stream);
     }
     if (p.picks > 0) {

@@ -16,7 +16,7 @@ struct Sharing {
   int64_t pieces;    // that a thread should have of it: what a row costs besides is then little
   int64_t warp_row;  // rows up to this many pieces take a warp or less, longer ones a whole block
 };
-constexpr Sharing kForward{32, 1024};
+constexpr Sharing kForward{64, 2048};
 constexpr Sharing kForwardGrad{16, 512};
 constexpr Sharing kBackward{8, 512};
 constexpr int kSmallBlock = 128;
@@ -25,11 +25,9 @@ constexpr int kFewLanes = 4;
 constexpr int64_t kBusy = 512;
 // as long as each has this many pieces.
 constexpr int64_t kFewPieces = 4;
-// Bytes of a row that a block keeps at most if it can share the row with others, twice where it reads ahead.
-constexpr int64_t kBlockKeeps = 56 << 10;
-// Blocks that a multiprocessor has registers for, where they keep rows.
-constexpr int64_t kResidentBlocks = 2;
-constexpr int64_t kSystemKeeps = 1 << 10;  // bytes of shared memory, of each block
+// Bytes of a row that a block keeps at most if it can share the row with others: two such blocks fit a multiprocessor,
+// so that one reads while the other writes.
+constexpr int64_t kBlockKeeps = 100 << 10;
 // A row that has a multiprocessor to itself is shared as long as each thread has at least so many pieces.
 constexpr int64_t kWorthSharing = 8;
 
@@ -108,17 +106,10 @@ Plan plan_forward(const Problem& p, const Device& device) {
     const int64_t kept = (pieces + ranks - 1) / ranks;
     const int64_t bytes_kept = kept * (along ? 16 : size_of(p.dtype)) * plan.threads;
     const int warps = plan.threads / kWarp;
-    const int64_t others = (along ? warps + 1 : plan.threads) * state_size(p) +
-                           (plan.rows() + warps) * static_cast<int64_t>(sizeof(RowSums));
+    const int64_t others =
+        (along ? warps + 1 : plan.threads) * state_size(p) + plan.rows() * static_cast<int64_t>(sizeof(RowSums));
     if (bytes_kept + others <= device.shared_memory) {
       plan.kept = static_cast<int>(kept);
-    }
-    plan.ahead = whole_block && !is_general(p) && p.target_type != TargetType::kTeacher &&
-                 2 * bytes_kept + others <= device.shared_memory;
-    if (plan.ahead) {
-      const int64_t of_memory = (device.shared_memory + kSystemKeeps) / (2 * bytes_kept + others + kSystemKeeps);
-      const int64_t resident = std::min(kResidentBlocks, of_memory);
-      plan.tiles = std::max<int64_t>(1, device.multiprocessors * resident / plan.blocks);
     }
   }
   return plan;

@@ -29,10 +29,8 @@ struct Plan {
   bool cluster = false;  // whether those are one cluster; otherwise a second kernel merges what they find
   int kept = 0;          // pieces that each thread keeps in shared memory for the gradient; 0: it reads the row again
 
-  bool ahead = false;         // the kept pieces of the next row are read while a row is worked on
   bool reads_all = false;     // also ignored rows: short ones are read before their target has arrived
   bool sums = false;          // each tile sums up its rows' losses and weights, for sum_tiles()
-  bool counts = false;        // each block finds the divisor of the mean itself
   int64_t tiles = INT64_MAX;  // of rows that run at a time, at most; their blocks go on with the next
 
   CE_HOST_DEVICE int rows() const { return threads >> log2_of(lanes); }  // of a block, a tile

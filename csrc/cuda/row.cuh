@@ -80,7 +80,7 @@ class Along {
   static constexpr int kBatch = 4;  // pieces that a thread has under way together
 
   CE_DEVICE static Seat seat(const Plan& plan) {
-    const int thread = threadIdx.x;
+    const int thread = thread_anew();
     return {thread >> log2_of(plan.lanes), thread & (plan.lanes - 1), plan};
   }
 
@@ -119,7 +119,7 @@ class Across {
   static constexpr int kBatch = 8;
 
   CE_DEVICE static Seat seat(const Plan& plan) {
-    const int thread = threadIdx.x;
+    const int thread = thread_anew();
     return {thread & (plan.rows() - 1), thread >> log2_of(plan.rows()), plan};
   }
 
@@ -168,7 +168,7 @@ struct Turns {
 // Calls f(c, piece) for this thread's edges of a row, whose pieces have one element, the class c.
 template <typename Walk, typename F>
 CE_DEVICE void for_each_edge(const Walk& walk, const Seat& seat, F&& f) {
-  for (int edge = seat.rank; edge < walk.edges(); edge += 1 << seat.bits) {
+  CE_NO_UNROLL for (int edge = seat.rank; edge < walk.edges(); edge += 1 << seat.bits) {
     const int64_t c = walk.class_of_edge(edge);
     f(c, walk.template read<1>(c));
   }
@@ -180,7 +180,7 @@ template <int kBatch, typename Walk, typename Read, typename F>
 CE_DEVICE void for_each_batch(const Turns<Walk>& turns, int from, int to, Read&& read, F&& f) {
   using Whole = Piece<typename Walk::Element, Walk::kSize>;
   int turn = from;
-  for (; turn + kBatch <= to; turn += kBatch) {
+  CE_NO_UNROLL for (; turn + kBatch <= to; turn += kBatch) {
     Whole batch[kBatch];
     const int64_t c = turns.class_of(turn);
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kSumThreads)
                  const __grid_constant__ bool weights, const __grid_constant__ bool cluster) {
   constexpr int kBatch = 8;  // rows that a thread has under way together
   wait_for_previous();
+  let_next_start();
   RowSums sums;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kSumThreads;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; first < p.rows;
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(kSumThreads)
                 const __grid_constant__ bool losses, const __grid_constant__ bool weights) {
   constexpr int kBatch = 8;
   wait_for_previous();
+  let_next_start();
   const RowSums* const partial = Workspace(p.workspace).sums();
   RowSums sums;
   for (int first = threadIdx.x; first < blocks; first += kBatch * kSumThreads) {

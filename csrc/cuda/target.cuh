@@ -157,15 +157,11 @@ CE_DEVICE A divisor_of(const Problem& p) {
 
 // The upstream gradient of a row's loss: with its weight, over the divisor of the reduction.
 template <typename A>
-CE_DEVICE A upstream_of(const Problem& p, int64_t row, A divisor) {
+CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
   const Input& grad = p.grad_loss;
   const A upstream =
       grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) : A(1);
-  return upstream * row_value<A>(p, p.row_weight, row, 1) / divisor;
-}
-template <typename A>
-CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
-  return upstream_of<A>(p, row, divisor_of<A>(p));
+  return upstream * row_value<A>(p, p.row_weight, row, 1) / divisor_of<A>(p);
 }
 
 // The gradient of the formula's logits z, of a piece of a row from class c on, but for the part that only the target
@@ -189,8 +185,9 @@ template <int kSize, typename A>
 CE_DEVICE void add_target(int64_t c, const RowTarget<A>& target, const RowGradient<A>& row, A (&values)[kSize]) {
   if (target.index >= c && target.index - c < kSize) {
     const int at = static_cast<int>(target.index - c);
+    const A own = std::fma(row.upstream, target.coefficient, -row.log_prob);  // see RowGradient::element()
     CE_UNROLL for (int i = 0; i < kSize; ++i) {
-      values[i] -= i == at ? row.upstream * target.coefficient - row.log_prob : A(0);
+      values[i] -= i == at ? own : A(0);
     }
   }
 }
@@ -216,42 +213,49 @@ CE_DEVICE void write_gradient(const Companion<T>& grad, int64_t c, const Piece<T
 }
 
 // The target's element where it lies in a whole piece, for the thread whose piece it is: it writes the element once
-// more after the piece, from the logit that it has read before, which saves looking for the target in every piece.
+// more after the piece, which saves looking for the target in every piece.
 template <typename Walk>
 class TargetPlace {
  public:
   using T = typename Walk::Element;
 
-  CE_DEVICE TargetPlace(const Walk& walk, const Seat& seat, int64_t target) : class_(-1) {
+  CE_DEVICE TargetPlace(const Walk& walk, const Seat& seat, int64_t target) {
     const int64_t place = target - walk.class_of(0);
-    if (Walk::kSize > 1 && target >= 0 && place >= 0 && place / Walk::kSize < walk.pieces() &&
-        (place / Walk::kSize & ((1 << seat.bits) - 1)) == seat.rank) {
-      class_ = target;
-      logit_ = walk.template read<1>(target);
+    const int64_t piece = place / Walk::kSize;
+    if (Walk::kSize > 1 && target >= 0 && place >= 0 && piece < walk.pieces() &&
+        (piece & ((1 << seat.bits) - 1)) == seat.rank) {
+      turn_ = static_cast<int>(piece >> seat.bits);
+      element_ = static_cast<int>(place % Walk::kSize);
     }
   }
 
-  // Calls f(c, piece) if it is this thread's.
-  template <typename F>
-  CE_DEVICE void write(F&& f) const {
-    if (class_ >= 0) {
-      f(class_, logit_);
-    }
-  }
+  CE_DEVICE bool is_mine() const { return turn_ >= 0; }
+  CE_DEVICE int turn() const { return turn_; }        // of this thread's
+  CE_DEVICE int element() const { return element_; }  // of the piece
 
  private:
-  int64_t class_;
-  Piece<T, 1> logit_;
+  int turn_ = -1, element_ = 0;
+};
+
+// How write_row() gets the pieces of a row from memory.
+template <typename Walk>
+struct FromMemory {
+  using T = typename Walk::Element;
+  const Walk& walk;
+
+  CE_DEVICE static constexpr bool is_kept() { return false; }
+  CE_DEVICE Piece<T, Walk::kSize> operator()(int64_t c, int) const { return walk.template read<Walk::kSize>(c); }
+  CE_DEVICE Piece<T, 1> element(const TargetPlace<Walk>&) const { return {}; }
 };
 
 // Writes 0 to this thread's part of a row of gradients.
 template <typename Walk, typename T = typename Walk::Element>
 CE_DEVICE void write_zeros(const Walk& walk, const Seat& seat, const Companion<T>& grad) {
-  for (int edge = seat.rank; edge < walk.edges(); edge += 1 << seat.bits) {
+  CE_NO_UNROLL for (int edge = seat.rank; edge < walk.edges(); edge += 1 << seat.bits) {
     grad.write(walk.class_of_edge(edge), Piece<T, 1>());
   }
   const Turns<Walk> turns(walk, seat);
-  for (int turn = 0; turn < turns.count; ++turn) {
+  CE_NO_UNROLL for (int turn = 0; turn < turns.count; ++turn) {
     grad.write(turns.class_of(turn), Piece<T, Walk::kSize>());
   }
 }
@@ -263,10 +267,15 @@ CE_DEVICE void write_row(const Problem& p, int64_t row, const Walk& walk, const 
                          const RowGradient<Acc<T>>& gradient, const Companion<T>& grad) {
   using A = Acc<T>;
   const Coefficients<T> coefficients(p, row, walk);
-  const TargetPlace<Walk> place(walk, seat, target.index);
   const auto write = [&](int64_t c, const auto& piece) {
     write_gradient<kGeneral>(grad, c, piece, target, coefficients, transform, gradient);
   };
+  // Where the gradient replaces the logits, the target's has to be read before.
+  const bool reads_before = !read.is_kept();
+  Piece<T, 1> logit = {};
+  if (const TargetPlace<Walk> place(walk, seat, target.index); reads_before && place.is_mine()) {
+    logit = walk.template read<1>(target.index);
+  }
   const Exponentials<A> exponentials(gradient.max);
   constexpr bool kPlain = !kGeneral && Walk::kSize > 1;
   if (kPlain && grad.is_whole() && exponentials.apply()) {
@@ -288,7 +297,9 @@ CE_DEVICE void write_row(const Problem& p, int64_t row, const Walk& walk, const 
   } else {
     for_each_piece<kPlain ? 1 : kBatch>(walk, seat, read, write);
   }
-  place.write(write);
+  if (const TargetPlace<Walk> place(walk, seat, target.index); place.is_mine()) {
+    write(target.index, reads_before ? logit : read.element(place));
+  }
 }
 
 }  // namespace ce::cuda
