@@ -328,6 +328,14 @@ CE_DEVICE void from_accumulator(double x, double& result) {
 CE_DEVICE void cluster_arrive() {
   __cluster_barrier_arrive();
 }
+// Without making this thread's writes visible first, which takes time.
+CE_DEVICE void cluster_arrive_relaxed() {
+#ifdef CE_EMULATE
+  __cluster_barrier_arrive();
+#else
+  __cluster_barrier_arrive_relaxed();
+#endif
+}
 CE_DEVICE void cluster_wait() {
   __cluster_barrier_wait();
 }
@@ -338,6 +346,7 @@ CE_DEVICE const P* in_block(const P* address, unsigned rank) {
 }
 #else
 CE_DEVICE void cluster_arrive() {}
+CE_DEVICE void cluster_arrive_relaxed() {}
 CE_DEVICE void cluster_wait() {}
 template <typename P>
 CE_DEVICE const P* in_block(const P* address, unsigned) {

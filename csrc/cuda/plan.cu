@@ -16,7 +16,7 @@ struct Sharing {
   int64_t pieces;    // that a thread should have of it: what a row costs besides is then little
   int64_t warp_row;  // rows up to this many pieces take a warp or less, longer ones a whole block
 };
-constexpr Sharing kForward{64, 2048};
+constexpr Sharing kForward{128, 2048};
 constexpr Sharing kForwardGrad{16, 512};
 constexpr Sharing kBackward{8, 512};
 constexpr int kSmallBlock = 128;
@@ -27,7 +27,7 @@ constexpr int64_t kBusy = 512;
 constexpr int64_t kFewPieces = 4;
 // Bytes of a row that a block keeps at most if it can share the row with others: two such blocks fit a multiprocessor,
 // so that one reads while the other writes.
-constexpr int64_t kBlockKeeps = 100 << 10;
+constexpr int64_t kBlockKeeps = 112 << 10;
 // A row that has a multiprocessor to itself is shared as long as each thread has at least so many pieces.
 constexpr int64_t kWorthSharing = 8;
 
