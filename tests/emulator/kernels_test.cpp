@@ -1418,11 +1418,17 @@ void run_special(const char* group) {
   }
 }
 
-// Sums over as many rows as each block counts the weights of, over more, and more than a block takes, and a cluster, on
-// chips with and without clusters. Each thread takes a row of its own where there are many: the sums are what counts.
-// Then more tiles than may leave their sums, and as many rows that blocks share without a cluster as the workspace has
+// Sums over more tiles than may leave theirs; over as many rows as each block counts the weights of, over more, over
+// more than a block takes, and a cluster, on chips with and without clusters. Each thread takes a row of its own where
+// there are many: the sums are what counts. Then as many rows that blocks share without a cluster as the workspace has
 // room for, in the widest type.
 void run_many_rows(const char* group) {
+  Case tiles;
+  tiles.dtype = these_or_one({DType::kFloat32})[0];
+  tiles.outer = 20000;
+  tiles.classes = 3;
+  tiles.reduction = 's';
+  run(group, tiles, {Pass::kForward}, [](cuda::Plan& plan) { plan.threads = plan.lanes = 32; });
   const emulator::Properties before = emulator::properties();
   for (const int max_cluster : {16, 1}) {
     emulator::properties().max_cluster = max_cluster;
@@ -1453,12 +1459,6 @@ void run_many_rows(const char* group) {
     }
   }
   emulator::properties() = before;
-  Case tiles;
-  tiles.dtype = these_or_one({DType::kFloat32})[0];
-  tiles.outer = 20000;
-  tiles.classes = 3;
-  tiles.reduction = 's';
-  run(group, tiles, {Pass::kForward}, [](cuda::Plan& plan) { plan.threads = plan.lanes = 32; });
   Case c;
   c.dtype = these_or_one({DType::kFloat64})[0];
   c.outer = 2048;
