@@ -27,6 +27,7 @@ CORRECT = [
     "from_threads",
     "neighbours",
     "through_shared",
+    "sum_copies",
 ]
 
 # name: what the emulator says of it in any build and order.
@@ -51,6 +52,12 @@ REFUSED = {
     "cluster_wait_alone": "__cluster_barrier_wait without __cluster_barrier_arrive",
     "bad_rank": "rank 2 in a cluster of 2",
     "map_of_global": "of what is not its shared memory",
+    "copy_without_wait": "exits with 1 copies that it has not waited for",
+    "copy_without_commit": "exits with 1 copies that it has not waited for",
+    "copy_over_copy": "__pipeline_memcpy_async to where another copy is under way",
+    "copy_of_12_bytes": "__pipeline_memcpy_async of 12 bytes",
+    "copy_to_global": "__pipeline_memcpy_async to what is not its shared memory",
+    "misaligned_copy": "misaligned access of 16 bytes",
     "large_block": "a block of (32, 33, 1) threads",
     "empty_grid": "a grid of (0, 1, 1) blocks",
     "large_cluster": "a cluster of 32 blocks",
@@ -81,6 +88,11 @@ CAUGHT = [
     ("exit_before_remote_read", "plain", "forward", "wrong: exit_before_remote_read"),
     ("exit_before_remote_read", "address", "forward", "use-after-poison"),
     ("exit_before_remote_read", "thread", "forward", "data race"),
+    ("copy_read_early", "plain", "forward", "wrong: sum_copies"),
+    ("copy_over_what_is_read", "plain", "forward", "wrong: sum_copies"),
+    ("copy_without_barrier", "plain", "forward", "wrong: sum_copies"),
+    ("copy_without_barrier", "thread", "forward", "data race"),
+    ("copy_overflow", "address", "forward", "heap-buffer-overflow"),
     ("map_after_exit", "plain", "forward", "the shared memory of rank 0, which has exited"),
 ]
 

@@ -3,6 +3,7 @@
 tests/emulator/kernels_test.cpp holds the cases; csrc/cuda is compiled as it is, for the emulator.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -55,21 +56,25 @@ def copy_one_dtype(root):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """built(sanitizer): the directory of all objects, with the program kernels_test."""
-    directories = {}
+    """built(sanitizer): the directory of all objects and kernels_test, which the workers of pytest-xdist share."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
 
     def build(sanitizer):
-        if sanitizer not in directories:
-            directory = tmp_path_factory.mktemp(sanitizer)
-            root = ROOT
-            if sanitizer == "thread":  # see RUNS
-                root = directory
-                copy_one_dtype(root)
-            sources = [root / "csrc/cuda" / name for name in KERNELS]
-            compile_all(directory, sanitizer, [*sources, EMULATOR / "kernels_test.cpp", EMULATOR / "emulator.cpp"])
-            compiler(*SANITIZERS[sanitizer], *directory.glob("*.o"), "-o", directory / "kernels_test")
-            directories[sanitizer] = directory
-        return directories[sanitizer]
+        directory = shared / sanitizer
+        directory.mkdir(exist_ok=True)
+        with open(directory / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (directory / "kernels_test").exists():
+                root = ROOT
+                if sanitizer == "thread":  # see RUNS
+                    root = directory
+                    copy_one_dtype(root)
+                sources = [root / "csrc/cuda" / name for name in KERNELS]
+                compile_all(directory, sanitizer, [*sources, EMULATOR / "kernels_test.cpp", EMULATOR / "emulator.cpp"])
+                compiler(*SANITIZERS[sanitizer], *directory.glob("*.o"), "-o", directory / "kernels_test")
+        return directory
 
     return build
 
@@ -117,8 +122,8 @@ MISTAKES = {
         "plain",
         ["sharing"],
         "reduce.cuh",
-        "      __syncthreads();\n      state = sum_of_lanes<kGeneral>(shared[thread % warps]",
-        "      state = sum_of_lanes<kGeneral>(shared[thread % warps]",
+        "      __syncthreads();\n      state = sum_of_lanes<kGeneral>(shared[thread & (warps - 1)]",
+        "      state = sum_of_lanes<kGeneral>(shared[thread & (warps - 1)]",
     ),
     "shared memory used again without a barrier": (
         "thread",
@@ -170,18 +175,27 @@ MISTAKES = {
         "  state = sum_of_lanes",
     ),
     "block leaves its cluster before it was read": (
-        "address",
+        "plain",
         ["sharing"],
         "reduce.cuh",
-        "  cluster_barrier();  // nobody",
-        "  // nobody",
+        "  cluster_arrive();\n  return state;\n}\nCE_DEVICE void leave_cluster() {\n  cluster_wait();",
+        "  return state;\n}\nCE_DEVICE void leave_cluster() {",
+    ),
+    "block lets others leave its cluster before it has read": (
+        "thread",
+        ["sharing"],
+        "reduce.cuh",
+        "  state = sum_of_lanes<kGeneral>(*in_block(mine, threadIdx.x & (plan.blocks - 1)), plan.blocks);\n"
+        "  cluster_arrive();",
+        "  cluster_arrive();\n"
+        "  state = sum_of_lanes<kGeneral>(*in_block(mine, threadIdx.x & (plan.blocks - 1)), plan.blocks);",
     ),
     "last piece left out": (
         "plain",
         ["tails"],
         "row.cuh",
-        "(walk.pieces() - rank - 1) / ranks + 1",
-        "(walk.pieces() - rank - 1) / ranks",
+        "(walk.pieces() - seat.rank + (int64_t{1} << seat.bits) - 1) >> seat.bits",
+        "(walk.pieces() - seat.rank) >> seat.bits",
     ),
     "tail read past its end": (
         "address",
@@ -201,18 +215,18 @@ MISTAKES = {
         "plain",
         ["layouts"],
         "row.cuh",
-        "kSize > 1 && stride_ == 1 && reinterpret_cast<uintptr_t>(data_ + c) % (sizeof(T) * kSize) == 0",
-        "kSize > 1 && stride_ == 1 && reinterpret_cast<uintptr_t>(data_ + c) % sizeof(T) == 0",
+        "reinterpret_cast<uintptr_t>(data + walk.class_of(0)) % (sizeof(T) * Walk::kSize) == 0",
+        "reinterpret_cast<uintptr_t>(data + walk.class_of(0)) % sizeof(T) == 0",
     ),
     "stride of the gradient for that of the logits": (
         "plain",
         ["layouts"],
         "backward.cu",
         "walk(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride, exists ? p.classes : 0);\n"
-        "    const Coefficients<T> coefficients(p, row);\n"
+        "    const Coefficients<T> coefficients(p, row, walk);\n"
         "    const RowGradient<A> gradient = gradient_of_row<kGeneral>",
         "walk(p.logits.data, row_offset(p, row, p.grad.strides), p.logits.class_stride, exists ? p.classes : 0);\n"
-        "    const Coefficients<T> coefficients(p, row);\n"
+        "    const Coefficients<T> coefficients(p, row, walk);\n"
         "    const RowGradient<A> gradient = gradient_of_row<kGeneral>",
     ),
     "no guard of -inf": (
@@ -223,29 +237,137 @@ MISTAKES = {
         "return max;",
     ),
     "shared memory too small": (
-        "address",
+        "plain",
         ["tables"],
         "forward.cu",
+        "static_cast<int64_t>(plan.kept) * (plan.ahead ? 2 : 1) * plan.threads",
+        "static_cast<int64_t>(plan.kept) * (plan.ahead ? 2 : 1) * (plan.threads - 1)",
+    ),
+    "shared memory for one row where two are kept": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "static_cast<int64_t>(plan.kept) * (plan.ahead ? 2 : 1) * plan.threads",
         "static_cast<int64_t>(plan.kept) * plan.threads",
-        "static_cast<int64_t>(plan.kept) * (plan.threads - 1)",
     ),
     "kept pieces mixed up": (
         "plain",
         ["sharing"],
         "forward.cu",
-        "return plan.kept > 0 ? kept[turn * plan.threads]",
-        "return plan.kept > 0 ? kept[turn / 2 * plan.threads]",
+        "return plan.kept > 0 ? kept[turn] :",
+        "return plan.kept > 0 ? kept[turn / 2] :",
+    ),
+    "kept pieces read before they are there": (
+        "plain",
+        ["sharing"],
+        "forward.cu",
+        "wait_for_copies(plan.ahead ? 1 : kStages - 1 - s);",
+        "wait_for_copies(plan.ahead ? 1 : kStages - s);",
+    ),
+    "row read before what was read ahead is there": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "wait_for_copies(plan.ahead ? 1 : kStages - 1 - s);",
+        "wait_for_copies(plan.ahead ? 2 : kStages - 1 - s);",
+    ),
+    "pieces that nobody waits for": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "          wait_for_copies(plan.ahead ? 1 : kStages - 1 - s);\n",
+        "",
+    ),
+    "copies that are not committed": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "    commit_copies();\n",
+        "",
+    ),
+    "next row read into the buffer in use": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "          buffer ^= 1;\n",
+        "",
+    ),
+    "gradient from the row that is read ahead": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "            return plan.kept > 0 ? kept[turn] :",
+        "            return plan.kept > 0 ? kept_in(buffer)[turn] :",
+    ),
+    "row behind the last one read ahead": (
+        "address",
+        ["layouts"],
+        "forward.cu",
+        "const bool reads = first + seat.row < p.rows && is_read(first + seat.row);",
+        "const bool reads = is_read(std::min(first + seat.row, p.rows - 1));",
+    ),
+    "the row after next read ahead": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "reads = start_row(first + row_step(plan), buffer);",
+        "reads = start_row(first + 2 * row_step(plan), buffer);",
+    ),
+    "row taken for ignored as the one before it": (
+        "plain",
+        ["sharing"],
+        "forward.cu",
+        "          reads = start_row(first + row_step(plan), buffer);",
+        "          start_row(first + row_step(plan), buffer);",
     ),
     "target logit read when the gradient may have replaced it": (
         "thread",
         ["layouts"],
         "forward.cu",
-        "      finish<kGeneral>(p, row, target, z_target, state);",
-        "      finish<kGeneral>(p, row, target, z_target, state);\n    }\n    if (rank == 1 && exists) {\n"
-        "      finish<kGeneral>(p, row, target, target_logit<A, T>(p, row, target), state);",
+        "    const A z_target = seat.rank == 0 ? target_logit<kGeneral, A, T>(p, row, target) : A(0);\n"
+        "    state = sum_in_block<Walk, kGeneral>(state, plan, states);",
+        "    state = sum_in_block<Walk, kGeneral>(state, plan, states);\n"
+        "    const A z_target = seat.rank == 0 ? target_logit<kGeneral, A, T>(p, row, target) : A(0);",
+    ),
+    "target logit read when its gradient has replaced it": (
+        "plain",
+        ["layouts"],
+        "target.cuh",
+        "  place.write(write);",
+        "  TargetPlace<Walk>(walk, seat, target.index).write(write);",
+    ),
+    "target's element written before its piece": (
+        "plain",
+        ["tails"],
+        "target.cuh",
+        "    for_each_edge(walk, seat, write);\n  } else {\n"
+        "    for_each_piece<kPlain ? 1 : kBatch>(walk, seat, read, write);\n  }\n  place.write(write);",
+        "    for_each_edge(walk, seat, write);\n    place.write(write);\n  } else {\n    place.write(write);\n"
+        "    for_each_piece<kPlain ? 1 : kBatch>(walk, seat, read, write);\n  }",
+    ),
+    "target's element written by a neighbour": (
+        "plain",
+        ["layouts"],
+        "target.cuh",
+        "((1 << seat.bits) - 1)) == seat.rank",
+        "((1 << seat.bits) - 1)) == (seat.rank ^ 1)",
+    ),
+    "target's element written by all blocks of a cluster": (
+        "thread",
+        ["sharing"],
+        "target.cuh",
+        "((1 << seat.bits) - 1)) == seat.rank",
+        "((1 << seat.bits) - 1)) % blockDim.x == seat.rank % blockDim.x",
+    ),
+    "edges of an ignored row's gradient left out": (
+        "plain",
+        ["layouts"],
+        "target.cuh",
+        "  for (int edge = seat.rank; edge < walk.edges(); edge += 1 << seat.bits) {\n    grad.write",
+        "  for (int edge = seat.rank; edge < 0; edge += 1 << seat.bits) {\n    grad.write",
     ),
     "bad target read": (
-        "address",
+        "plain",
         ["special"],
         "target.cuh",
         "if (verdict == Verdict::kKept) {",
@@ -254,11 +376,123 @@ MISTAKES = {
     "ignored rows counted": (
         "plain",
         ["many rows"],
-        "sums.cu",
-        "judge(p, target) == Verdict::kKept ? row_weight * weight_of_target<A>(p, target)",
-        "judge(p, target) != Verdict::kOutOfBounds ? row_weight * weight_of_target<A>(p, target < 0 ? 0 : target)",
+        "sums.cuh",
+        "judge(p, target) == Verdict::kKept ? weight * weight_of_target<A>(p, target)",
+        "judge(p, target) != Verdict::kOutOfBounds ? weight * weight_of_target<A>(p, target < 0 ? 0 : target)",
+    ),
+    "ignored rows counted by the blocks that sum them up": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "target.index < 0 ? A(0) : class_weight<A>(p, target.index)",
+        "class_weight<A>(p, target.index < 0 ? 0 : target.index)",
+    ),
+    "row weights left out of the divisor": (
+        "plain",
+        ["options"],
+        "forward.cu",
+        "add(sums[seat.row], {row_weight * loss, row_weight * weight});",
+        "add(sums[seat.row], {row_weight * loss, weight});",
+    ),
+    "only a block's last row summed up": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "add(sums[seat.row], {row_weight * loss, row_weight * weight});",
+        "sums[seat.row] = {row_weight * loss, row_weight * weight};",
+    ),
+    "no barrier before a tile's rows are summed": (
+        "plain",
+        ["sharing"],
+        "forward.cu",
+        "  __syncthreads();\n  if (threadIdx.x >= kWarp ||",
+        "  if (threadIdx.x >= kWarp ||",
+    ),
+    "a warp's rows for all of a tile": (
+        "plain",
+        ["sharing"],
+        "forward.cu",
+        "i < plan.rows(); i += kWarp",
+        "i < plan.rows() && i < kWarp; i += kWarp",
+    ),
+    "a tile's sums from all blocks of its cluster": (
+        "plain",
+        ["sharing"],
+        "forward.cu",
+        "threadIdx.x >= kWarp || seat.block != 0",
+        "threadIdx.x >= kWarp || seat.block < 0",
+    ),
+    "the last tile's sums left out": (
+        "plain",
+        ["tails"],
+        "forward.cu",
+        "sum_tiles(p, static_cast<int>(tiles), stream);",
+        "sum_tiles(p, static_cast<int>(tiles) - 1, stream);",
+    ),
+    "more tiles than there are sums": (
+        "address",
+        ["many rows"],
+        "forward.cu",
+        "      plan.tiles = std::min<int64_t>(plan.tiles, kMaxTiles);\n",
+        "",
+    ),
+    "divisor from one warp": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "for (int warp = 1; warp < plan.threads / kWarp; ++warp)",
+        "for (int warp = 1; warp < 1; ++warp)",
+    ),
+    "divisor from a row of each thread": (
+        "plain",
+        ["many rows"],
+        "forward.cu",
+        "row < p.rows; row += plan.threads",
+        "row < p.rows; row += p.rows",
+    ),
+    "no barrier before the divisor is summed": (
+        "plain",
+        ["layouts"],
+        "forward.cu",
+        "  __syncthreads();\n  if (threadIdx.x == 0) {\n    for (int warp",
+        "  if (threadIdx.x == 0) {\n    for (int warp",
+    ),
+    "no barrier before the divisor is read": (
+        "thread",
+        ["layouts"],
+        "forward.cu",
+        "    shared[0].weight = divisor_of_mean(shared[0].weight, p);\n  }\n  __syncthreads();",
+        "    shared[0].weight = divisor_of_mean(shared[0].weight, p);\n  }",
+    ),
+    "divisor that only the blocks know": (
+        "plain",
+        ["tails"],
+        "forward.cu",
+        "if (tile == 0 && plan.counts) {",
+        "if (tile == gridDim.x && plan.counts) {",
+    ),
+    "no divisor where blocks do not count": (
+        "plain",
+        ["many rows"],
+        "forward.cu",
+        "p.divides_by_weight && !plan.counts) {",
+        "p.divides_by_weight && !plan.sums) {",
     ),
     "32 bits for the distance of rows": (
+        "plain",
+        ["far"],
+        "../operands.h",
+        "return row * strides[0];\n  }\n  if (p.dims == 2)",
+        "return static_cast<int>(row * strides[0]);\n  }\n  if (p.dims == 2)",
+    ),
+    "32 bits for the distance of rows on a grid": (
+        "plain",
+        ["far"],
+        "../operands.h",
+        "return outer * strides[0] +",
+        "return static_cast<int>(outer * strides[0]) +",
+    ),
+    "32 bits for the distance of rows on a grid of many dimensions": (
         "plain",
         ["far"],
         "../operands.h",
@@ -283,10 +517,9 @@ MISTAKES = {
         "plain",
         ["layouts"],
         "forward.cu",
-        "      const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,\n"
-        "                     exists ? p.classes : 0);",
-        "      const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,\n"
-        "                     exists ? (p.classes + Walk::kSize - 1) / Walk::kSize * Walk::kSize : 0);",
+        "const Walk out = walk_along(row, exists);",
+        "const Walk out(p.logits.data, row_offset(p, row, p.logits.strides), p.logits.class_stride,\n"
+        "               exists ? (p.classes + Walk::kSize - 1) / Walk::kSize * Walk::kSize : 0);",
     ),
     "row weights taken for neighbours": (
         "plain",
@@ -327,7 +560,7 @@ MISTAKES = {
         "plain",
         ["stats"],
         "reduce.cuh",
-        "__shfl_xor_sync(kAllLanes, mine.rank, offset, width)",
+        "__shfl_xor_sync(kAllLanes, mine.rank, distance)",
         "0",
     ),
     "one of two maxima grows": (

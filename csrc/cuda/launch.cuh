@@ -65,10 +65,14 @@ CE_DEVICE void wait_for_previous() {}
 CE_DEVICE void let_next_start() {}
 
 CE_DEVICE void copy_async(uint4* shared, const uint4* global) {
-  *shared = __ldg(global);
+  __pipeline_memcpy_async(shared, global, sizeof(uint4));
 }
-CE_DEVICE void commit_copies() {}
-CE_DEVICE void wait_for_copies(int) {}
+CE_DEVICE void commit_copies() {
+  __pipeline_commit();
+}
+CE_DEVICE void wait_for_copies(int pending) {
+  __pipeline_wait_prior(pending);
+}
 
 #define CE_CLUSTERS
 

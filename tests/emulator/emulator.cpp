@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -170,6 +171,8 @@ struct Thread : Fiber {
   unsigned cluster_phase;
   bool fenced;
   std::vector<const void*> atomics;  // since the last fence
+  std::deque<Copy> copies;           // that it has not waited for
+  size_t groups;                     // of copies that it has committed
 };
 
 enum class Order { kForward, kReverse, kRandom };
@@ -316,6 +319,7 @@ void exit_thread(Thread& thread) {
   Block& block = *thread.block;
   Warp& warp = *thread.warp;
   const unsigned bit = 1u << thread.lane;
+  if (!thread.copies.empty()) fail("exits with %zu copies that it has not waited for", thread.copies.size());
   if (block.barrier.arrived) fail("exits while %u threads of its block wait at __syncthreads", block.barrier.arrived);
   if (thread.arrived) fail("exits after __cluster_barrier_arrive without __cluster_barrier_wait");
   if (cluster.barrier.arrived) {
@@ -398,6 +402,8 @@ void start_cluster(uint3 first) {
       thread.pending = nullptr;
       thread.arrived = thread.fenced = false;
       thread.atomics.clear();
+      thread.copies.clear();
+      thread.groups = 0;
       if (thread.lane == 0) thread.warp->threads = &thread;
       thread.warp->lanes |= 1u << thread.lane;
       thread.warp->ready = thread.warp->lanes;
@@ -595,6 +601,28 @@ void check_vector_access(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes) fail("misaligned access of %zu bytes at %p", bytes, address);
 }
 
+void begin_copy(void* to, const void* from, size_t bytes) {
+  Thread& self = self_in("__pipeline_memcpy_async");
+  if (bytes != 4 && bytes != 8 && bytes != 16) fail("__pipeline_memcpy_async of %zu bytes", bytes);
+  check_vector_access(to, bytes);
+  check_vector_access(from, bytes);
+  if (static_cast<size_t>(static_cast<char*>(to) - self.block->shared) >= launch_->shared_bytes) {
+    fail("__pipeline_memcpy_async to what is not its shared memory");
+  }
+  for (const Copy& copy : self.copies) {
+    if (copy.to == to) fail("__pipeline_memcpy_async to where another copy is under way");
+  }
+  self.copies.push_back({to, from, bytes, self.groups});
+}
+
+bool end_copy(size_t pending, Copy& copy) {
+  Thread& self = self_in("__pipeline_wait_prior");
+  if (self.copies.empty() || self.copies.front().group + pending >= self.groups) return false;
+  copy = self.copies.front();
+  self.copies.pop_front();
+  return true;
+}
+
 // Two threads synchronise where one has a fence before and the other one after its atomic operation at an address.
 void check_atomic(const void* address, size_t bytes) {
   check_vector_access(address, bytes);
@@ -621,6 +649,10 @@ void __syncthreads() {
     wait_at(Wait::kBlock);
   }
   acquire(token);
+}
+
+void __pipeline_commit() {
+  self_in("__pipeline_commit").groups++;
 }
 
 void __threadfence() {

@@ -7,7 +7,7 @@
 // in CUDA orders it here: barriers, __syncwarp, and fences around atomic operations, but no shuffle and no vote.
 //
 // Stricter than devices: threads that have exited count as missing at every barrier and in every mask. No thread may
-// spin for another one, which would not get to run.
+// spin for another one, which would not get to run. A thread waits for its asynchronous copies before it exits.
 #pragma once
 
 #include <cstddef>
@@ -81,6 +81,18 @@ T shuffle(WarpOp op, unsigned mask, T value, int lane, int width) {
 }
 
 void check_vector_access(const void* address, size_t bytes);
+
+// A copy that its thread has begun and not yet waited for.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  size_t group;
+};
+void begin_copy(void* to, const void* from, size_t bytes);
+// Takes the oldest copy that is not of the last `pending` groups, if there is one.
+bool end_copy(size_t pending, Copy& copy);
+
 void check_atomic(const void* address, size_t bytes);
 
 // The address of an atomic operation. The operations themselves are relaxed, as CUDA's are.
@@ -136,6 +148,19 @@ template <typename T>
 void __stcs(T* address, emulator::Value<T> value) {
   emulator::check_vector_access(address, sizeof(T));
   *address = value;
+}
+
+// What is overwritten is lost when the copy begins, and what comes is there when its thread has waited for it: the copy
+// may be made at any time between.
+inline void __pipeline_memcpy_async(void* shared, const void* global, size_t bytes) {
+  emulator::begin_copy(shared, global, bytes);
+  std::memset(shared, 0xff, bytes);
+}
+void __pipeline_commit();
+inline void __pipeline_wait_prior(size_t pending) {
+  for (emulator::Copy copy; emulator::end_copy(pending, copy);) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
 }
 
 template <typename T>

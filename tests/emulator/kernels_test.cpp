@@ -76,7 +76,8 @@ struct Case {
   int outputs = 0;  // of Output
 
   // What the operands hold.
-  bool ignores = false, ignores_all = false, has_bad_target = false, has_special_rows = false, has_ties = false;
+  bool ignores = false, ignores_runs = false, ignores_all = false;  // every third row, several in a row, all
+  bool has_bad_target = false, has_special_rows = false, has_ties = false;
 
   int64_t rows() const { return outer * inner; }
   DType acc() const { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
@@ -126,6 +127,7 @@ std::string text_of(const Case& c) {
   add("teacher_scale", &Case::teacher_scale);
   add("outputs", &Case::outputs);
   add("ignores", &Case::ignores);
+  add("ignores_runs", &Case::ignores_runs);
   add("ignores_all", &Case::ignores_all);
   add("has_bad_target", &Case::has_bad_target);
   add("has_special_rows", &Case::has_special_rows);
@@ -420,7 +422,7 @@ class Inputs {
   void make_index(const Case& c, int64_t row, Random& random) {
     const int64_t limit = c.target == TargetType::kUInt8 ? std::min<int64_t>(c.classes, 256) : c.classes;
     const int64_t good = row == 0 ? limit - 1 : row == 1 ? 0 : random.below(limit);
-    kept[row] = !c.ignores_all && !(c.ignores && row % 3 == 1);
+    kept[row] = !c.ignores_all && !(c.ignores && row % 3 == 1) && !(c.ignores_runs && (row + 2) % 5 < 3);
     bad[row] = c.has_bad_target && kept[row] && row >= c.rows() / 2;
     index[row] = kept[row] && !bad[row] ? good : -1;
     indices.set(row, !kept[row] ? ignore_index(c) : bad[row] ? c.classes + row : good);
@@ -1106,6 +1108,17 @@ void run_all(const char* group, const std::vector<Case>& list, const ChangePlan&
   }
 }
 
+// The same plan with one tile of rows at a time, where rows are kept read ahead.
+ChangePlan in_turn(const ChangePlan& change = {}) {
+  return [change](cuda::Plan& plan) {
+    if (change) {
+      change(plan);
+    }
+    plan.tiles = 1;
+    plan.ahead = true;
+  };
+}
+
 // The first cases of a list, where they have to do.
 std::vector<Case> first(size_t count, std::vector<Case> list) {
   list.resize(std::min(count, list.size()), Case());
@@ -1245,23 +1258,35 @@ void run_tails(const char* group) {
         c.reduction = "msn"[offset % 3];
         c.smoothing = offset % 2 ? 0.1 : 0;
         run_all(group, {c});
+        if (c.smoothing == 0) {
+          c.ignores_runs = true;
+          run(group, c, {Pass::kForwardGrad, Pass::kInplace}, in_turn());
+        }
       }
     }
   }
 }
 
-// Every option of torch in every layout.
+// Every option of torch in every layout, and rows in turn.
 void run_layouts(const char* group) {
   for (const DType dtype : these_or_one(kAllDTypes)) {
     for (const Case& c : layouts(dtype)) {
       run_all(group, losses(c));
+      for (const Case& plain : first(2, losses(c))) {
+        run(group, plain, {Pass::kForwardGrad, Pass::kInplace}, in_turn());
+      }
     }
   }
 }
 
 void run_regimes(const char* group) {
   for (const DType dtype : these_or_one(kAllDTypes)) {
-    for_each_sharing(dtype, [&](const Case& c, const ChangePlan& change) { run_all(group, losses(c), change); });
+    for_each_sharing(dtype, [&](const Case& c, const ChangePlan& change) {
+      run_all(group, losses(c), change);
+      for (const Case& plain : first(2, losses(c))) {
+        run(group, plain, {Pass::kForwardGrad, Pass::kInplace}, in_turn(change));
+      }
+    });
   }
 }
 
@@ -1277,11 +1302,22 @@ void run_sharing(const char* group) {
     smoothed.weighted = true;
     smoothed.smoothing = 0.1;
     smoothed.reduction = 'n';
-    run_all(group, {plain, smoothed, stats(c)[1], teachers(c)[0]}, [&](cuda::Plan& plan) {
+    const auto change = [&](cuda::Plan& plan) {
       plan = chosen;
       plan.tiles = 1;
       plan.kept = keeps ? (c.inner_is_last ? static_cast<int>(c.classes) : pieces(c)) / plan.lanes + 1 : 0;
-    });
+    };
+    run_all(group, {plain, smoothed, stats(c)[1], teachers(c)[0]}, change);
+    Case ahead = c;
+    (c.inner_is_last ? ahead.inner : ahead.outer) += 2 * chosen.rows();
+    ahead.ignores_runs = ahead.weighted = ahead.row_weighted = true;
+    ahead.reduction = 'm';
+    for (const bool reads_all : {false, true}) {
+      run(group, ahead, {Pass::kForwardGrad, Pass::kInplace}, [&](cuda::Plan& plan) {
+        in_turn(change)(plan);
+        plan.reads_all = reads_all;
+      });
+    }
   };
   for (const bool keeps : {true, false}) {
     for (const int lanes : {1, 8, 32, 64, 256}) {
@@ -1317,11 +1353,12 @@ void run_sharing(const char* group) {
   }
 }
 
-// What the tables choose by themselves on a large chip, a small one, and one without clusters.
+// What the tables choose by themselves on a large chip, a small one without clusters, and small ones with clusters, of
+// which one has to take rows in turn.
 void run_tables(const char* group) {
   const emulator::Properties before = emulator::properties();
   for (const emulator::Properties& chip : {emulator::Properties{132, 232448, 16}, emulator::Properties{4, 101376, 1},
-                                           emulator::Properties{16, 101376, 8}}) {
+                                           emulator::Properties{16, 101376, 8}, emulator::Properties{2, 101376, 8}}) {
     emulator::properties() = chip;
     for (const DType dtype : these_or_one(kTwoDTypes)) {
       for (const int64_t classes : {10, 300, 1000, 2048, 5000, 20000, 70000}) {
@@ -1363,6 +1400,7 @@ void run_special(const char* group) {
       across.outer = 1;
       across.inner_is_last = true;
       run_all(group, {c, across});
+      run(group, c, {Pass::kForwardGrad, Pass::kInplace}, in_turn());
       for (const TargetType target : {TargetType::kInt64, TargetType::kInt32, TargetType::kUInt8}) {
         Case t;
         t.dtype = dtype;
@@ -1374,19 +1412,27 @@ void run_special(const char* group) {
         t.reduction = "msn"[classes % 3];
         t.smoothing = classes == 300 ? 0.1 : 0;
         run_all(group, {t});
+        run(group, t, {Pass::kForwardGrad, Pass::kInplace}, in_turn());
       }
     }
   }
 }
 
-// Sums over more rows than a block takes, and a cluster, on chips with and without clusters. Each thread takes a row of
-// its own where there are many: the sums are what counts. Then as many rows that blocks share without a cluster as the
-// workspace has room for, in the widest type.
+// Sums over more tiles than may leave theirs; over as many rows as each block counts the weights of, over more, over
+// more than a block takes, and a cluster, on chips with and without clusters. Each thread takes a row of its own where
+// there are many: the sums are what counts. Then as many rows that blocks share without a cluster as the workspace has
+// room for, in the widest type.
 void run_many_rows(const char* group) {
+  Case tiles;
+  tiles.dtype = these_or_one({DType::kFloat32})[0];
+  tiles.outer = 20000;
+  tiles.classes = 3;
+  tiles.reduction = 's';
+  run(group, tiles, {Pass::kForward}, [](cuda::Plan& plan) { plan.threads = plan.lanes = 32; });
   const emulator::Properties before = emulator::properties();
   for (const int max_cluster : {16, 1}) {
     emulator::properties().max_cluster = max_cluster;
-    for (const int64_t rows : {2049, 32768, 140001}) {
+    for (const int64_t rows : {2048, 2049, 32768, 140001}) {
       if (rows == 140001 && max_cluster == 1) {
         continue;  // too many for a cluster anyway
       }
@@ -1406,6 +1452,9 @@ void run_many_rows(const char* group) {
       Case by_rows = c;
       by_rows.row_weighted = true;
       run(group, by_rows, {Pass::kForwardGrad}, change);
+      if (rows <= 2049) {
+        run(group, by_rows, {Pass::kForward, Pass::kForwardGrad}, in_turn());
+      }
       run(group, teachers(by_rows)[0], {Pass::kForward}, change);
     }
   }
@@ -1430,6 +1479,9 @@ void run_options(const char* group) {
   for (const DType dtype : these_or_one(kAllDTypes)) {
     for (const Case& c : layouts(dtype)) {
       run_all(group, options(c));
+      for (const Case& plain : {options(c)[2], options(c)[3]}) {
+        run(group, plain, {Pass::kForwardGrad, Pass::kInplace}, in_turn());
+      }
     }
   }
   for (const DType dtype : these_or_one(kTwoDTypes)) {
@@ -1479,8 +1531,9 @@ void run_gradients(const char* group) {
       run(group, teachers(c)[0], {Pass::kBackward});
     }
     Case blocks = options(long_rows)[0];
-    blocks.outer = 32 * 1024 + 50;
+    blocks.outer = 8 * 1024 + 50;
     blocks.classes = 3;
+    blocks.class_step = 2;
     run(group, blocks, {Pass::kBackward});
   }
 }
@@ -1575,21 +1628,23 @@ class SparseMemory {
   void* data_;
 };
 
-// Compares with the same elements next to each other: every bit has to be the same.
+// Compares with the same elements next to each other: every bit has to be the same. The rows lie on a grid, along whose
+// first dimension they may be far apart, and have two neighbours along each other one.
 template <typename T>
-void compare_far(const char* group, DType dtype, bool across) {
+void compare_far(const char* group, DType dtype, bool across, int dims) {
   constexpr int64_t kFar = (int64_t{1} << 31) + 8;
-  const int64_t rows = across ? 70 : 3, classes = across ? 3 : 600;
+  const int64_t outer = across ? 70 : 3, inner = int64_t{1} << (dims - 1);
+  const int64_t rows = outer * inner, classes = across ? 3 : 600;
   std::vector<double> results[2];
   for (const bool far : {false, true}) {
-    const int64_t apart = far ? kFar : across ? rows : classes;
+    const int64_t apart = far ? kFar : across ? rows : inner * classes;
     const SparseMemory logits(3 * apart * sizeof(T)), grad(3 * apart * sizeof(T));
     std::vector<Acc<T>> loss(rows);
     std::vector<char> workspace(cuda::workspace_size({}));
     std::vector<int64_t> target(rows, 2);
     const auto element = [&](const SparseMemory& memory, int64_t i) -> T& {
       const int64_t row = i / classes, k = i % classes;
-      return static_cast<T*>(memory.data())[across ? k * apart + row : row * apart + k];
+      return static_cast<T*>(memory.data())[across ? k * apart + row : row / inner * apart + row % inner * classes + k];
     };
     Random random;
     for (int64_t i = 0; i < rows * classes; ++i) {
@@ -1597,15 +1652,19 @@ void compare_far(const char* group, DType dtype, bool across) {
     }
     Problem p;
     p.dtype = dtype;
-    p.rows = p.sizes[0] = rows;
+    p.rows = rows;
     p.classes = classes;
-    p.dims = 1;
+    p.dims = dims;
     p.logits.data = logits.data();
     p.grad.data = grad.data();
     p.logits.class_stride = p.grad.class_stride = across ? apart : 1;
-    p.logits.strides[0] = p.grad.strides[0] = across ? 1 : apart;
     p.target.data = target.data();
-    p.target.strides[0] = p.row_strides[0] = 1;
+    for (int d = 0; d < dims; ++d) {
+      p.sizes[d] = d == 0 ? outer : 2;
+      p.dividers[d] = Divider(p.sizes[d]);
+      p.target.strides[d] = p.row_strides[d] = inner >> d;
+      p.logits.strides[d] = p.grad.strides[d] = across ? inner >> d : d == 0 ? apart : (inner >> d) * classes;
+    }
     p.loss = loss.data();
     p.workspace = workspace.data();
     cuda::forward(p, nullptr);
@@ -1617,7 +1676,8 @@ void compare_far(const char* group, DType dtype, bool across) {
   ++cases;
   if (results[0] != results[1]) {
     ++failures;
-    std::printf("%s: %s apart differ from neighbours\n", group, across ? "classes" : "rows");
+    std::printf("%s: %s apart on a grid of %d dimensions differ from neighbours\n", group, across ? "classes" : "rows",
+                dims);
   }
 }
 
@@ -1625,7 +1685,9 @@ void compare_far(const char* group, DType dtype, bool across) {
 void run_far(const char* group) {
   for (const DType dtype : these_or_one({DType::kFloat32})) {
     for (const bool across : {false, true}) {
-      dispatch(dtype, [&](auto element) { compare_far<decltype(element)>(group, dtype, across); });
+      for (const int dims : {1, 2, 3}) {
+        dispatch(dtype, [&](auto element) { compare_far<decltype(element)>(group, dtype, across, dims); });
+      }
     }
   }
 }

@@ -189,6 +189,49 @@ void run_last_block_sum() {
   check(out == 190, "last_block_sum");
 }
 
+// Each piece is copied while the one before it is summed, by its neighbour. The last group is empty.
+enum class CopyMistake { kNone, kReadsEarly, kNoBarrier, kOneBuffer, kOverwrites };
+template <typename Piece, CopyMistake kMistake>
+__global__ void sum_copies(const Piece* x, int count, float* out) {
+  constexpr int kFloats = sizeof(Piece) / sizeof(float);
+  const int i = int(threadIdx.x), n = int(blockDim.x);
+  const auto piece = [&](int at, int thread) {
+    return shared<Piece>() + (kMistake >= CopyMistake::kOneBuffer ? 0 : at % 3 * n) + thread;
+  };
+  const auto start = [&](int at) {
+    if (at < count) __pipeline_memcpy_async(piece(at, i), x + at * n + i, sizeof(Piece));
+    __pipeline_commit();
+  };
+  float total = 0;
+  start(0);
+  for (int at = 0; at < count; at++) {
+    if (kMistake == CopyMistake::kOverwrites) __pipeline_wait_prior(0);
+    start(at + 1);
+    __pipeline_wait_prior(kMistake == CopyMistake::kReadsEarly ? 2 : 1);
+    if (kMistake != CopyMistake::kNoBarrier) __syncthreads();
+    total += sum(reinterpret_cast<const float*>(piece(at, (i + 1) % n)), kFloats);
+    __syncthreads();
+  }
+  __pipeline_wait_prior(kMistake == CopyMistake::kReadsEarly ? 0 : 1);
+  out[i] = total;
+}
+
+template <typename Piece, CopyMistake kMistake = CopyMistake::kNone>
+void run_sum_copies() {
+  const int n = 64, count = 5, floats = sizeof(Piece) / sizeof(float);
+  std::vector<Piece> x(n * count);
+  float* const values = reinterpret_cast<float*>(x.data());
+  for (int i = 0; i < n * count * floats; i++) values[i] = float(i);
+  std::vector<float> out(n);
+  emulator::launch("sum_copies", 1, n, 1, 3 * n * sizeof(Piece),
+                   [&] { sum_copies<Piece, kMistake>(x.data(), count, out.data()); });
+  for (int i = 0; i < n; i++) {
+    float expected = 0;
+    for (int at = 0; at < count; at++) expected += sum(values + (at * n + (i + 1) % n) * floats, floats);
+    check(out[i] == expected, "sum_copies");
+  }
+}
+
 void run_from_threads() {
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; i++) threads.emplace_back([] { run_block_sum<64>(); });
@@ -260,6 +303,12 @@ std::function<void()> kernel(unsigned blocks, unsigned threads, unsigned cluster
 
 volatile float sink;
 
+alignas(16) float copied[64];
+
+void copy_own() {
+  __pipeline_memcpy_async(shared<float>() + threadIdx.x, copied + threadIdx.x, 4);
+}
+
 void launch_sizes(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes) {
   emulator::launch("mistake", grid, block, cluster, shared_bytes, [] {});
 }
@@ -280,6 +329,7 @@ const std::map<std::string, std::function<void()>> kCases = {
     {"from_threads", run_from_threads},
     {"neighbours", run_neighbours<true, true>},
     {"through_shared", run_through_shared<true>},
+    {"sum_copies", [] { run_sum_copies<float>(), run_sum_copies<uint2>(), run_sum_copies<uint4>(); }},
     {"time", time_blocks},
 
     {"missing_barrier", run_neighbours<false, true>},
@@ -405,6 +455,24 @@ const std::map<std::string, std::function<void()>> kCases = {
                               })},
     {"bad_rank", kernel(2, 32, 2, 128, [] { __cluster_map_shared_rank(shared<float>(), 2); })},
     {"map_of_global", kernel(2, 32, 2, 128, [] { __cluster_map_shared_rank(&threadIdx, 0); })},
+    {"copy_read_early", run_sum_copies<uint4, CopyMistake::kReadsEarly>},
+    {"copy_without_barrier", run_sum_copies<uint4, CopyMistake::kNoBarrier>},
+    {"copy_over_what_is_read", run_sum_copies<uint4, CopyMistake::kOverwrites>},
+    {"copy_over_copy", run_sum_copies<uint4, CopyMistake::kOneBuffer>},
+    {"copy_without_wait", kernel(1, 32, 1, 128, [] { copy_own(), __pipeline_commit(); })},
+    {"copy_without_commit", kernel(1, 32, 1, 128, [] { copy_own(), __pipeline_wait_prior(0); })},
+    {"copy_of_12_bytes", kernel(1, 32, 1, 384, [] { __pipeline_memcpy_async(shared<char>(), copied, 12); })},
+    {"copy_to_global", kernel(1, 32, 1, 128, [] { __pipeline_memcpy_async(copied, copied + 32, 4); })},
+    {"misaligned_copy", kernel(1, 32, 1, 128, [] { __pipeline_memcpy_async(shared<float>(), copied + 1, 16); })},
+    {"copy_overflow",
+     [] {
+       std::vector<float> x(31);
+       emulator::launch("mistake", 1, 32, 1, 128, [&] {
+         __pipeline_memcpy_async(shared<float>() + threadIdx.x, x.data() + threadIdx.x, 4);
+         __pipeline_commit();
+         __pipeline_wait_prior(0);
+       });
+     }},
     {"large_block", [] { launch_sizes(1, dim3(32, 33), 1, 0); }},
     {"empty_grid", [] { launch_sizes(0, 32, 1, 0); }},
     {"large_cluster", [] { launch_sizes(32, 32, 32, 0); }},
