@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kMaxThreads,
     const int64_t index = index_of(p, row);
     const bool reads = exists && is_read(row);
     const Walk walk = walk_along(row, reads);
-    const Kept<Walk> kept(reinterpret_cast<Whole*>(sums + shared_sums(plan)) + thread_anew(), plan.threads);
+    const Kept<Walk> kept(reinterpret_cast<Whole*>(sums + shared_sums(plan)) + threadIdx.x, plan.threads);
 
     Any state;
     const auto read = [&](int64_t c, int turn) {
@@ -420,7 +420,7 @@ void launch_rows(const Problem& p, const Plan& plan, Stream stream) {
   if constexpr (kStats) {
     launch(forward_rows<Walk, false, kGeneral, true>, grid, stream, p, plan);
   } else {
-    const bool writes_grad = kGeneral || (p.grad.data && !merges);
+    const bool writes_grad = kGeneral || (p.grad.data && !has_gradient_pass(p, plan));
     launch(writes_grad ? forward_rows<Walk, true, kGeneral, false> : forward_rows<Walk, kGeneral, kGeneral, false>,
            grid, stream, p, plan);
   }
@@ -445,7 +445,7 @@ void forward(const Problem& problem, const Plan& given, Stream stream) {
     Problem p = problem;
     Plan plan = given;
     const bool merges = plan.blocks > 1 && !plan.cluster;
-    const bool grad_needs_a_pass = p.grad.data && merges;
+    const bool grad_needs_a_pass = p.grad.data && has_gradient_pass(p, plan);
     if (grad_needs_a_pass && !p.max) {
       Acc<T>* rows = Workspace(p.workspace).template rows<Acc<T>>();
       for (void** of_rows : {&p.max, &p.sum, &p.teacher_max, &p.teacher_sum, &p.mean}) {

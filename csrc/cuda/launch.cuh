@@ -57,10 +57,6 @@ CE_DEVICE void* shared_memory() {
   return emulator::dynamic_shared();
 }
 
-CE_DEVICE int thread_anew() {
-  return threadIdx.x;
-}
-
 CE_DEVICE void wait_for_previous() {}
 CE_DEVICE void let_next_start() {}
 
@@ -199,13 +195,6 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, cons
 CE_DEVICE void* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
-}
-
-// threadIdx.x, of which nothing is computed ahead of a loop that this is called in, to wait for its use in registers.
-CE_DEVICE int thread_anew() {
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));
-  return thread;
 }
 
 // What a kernel that started early reads of the one before it, it reads after this.

@@ -84,6 +84,8 @@ Plan plan_threads(const Problem& p, const Device& device, const Sharing& sharing
 
 }  // namespace
 
+static_assert(sizeof(RowDivergence<double>) <= kLargestState && sizeof(RowStats<double>) <= kLargestState);
+
 int64_t state_size(const Problem& p) {
   return p.target_type == TargetType::kTeacher ? sizeof(RowDivergence<double>)
          : has_stats(p)                        ? sizeof(RowStats<double>)
@@ -113,6 +115,11 @@ Plan plan_forward(const Problem& p, const Device& device) {
     }
   }
   return plan;
+}
+
+bool has_gradient_pass(const Problem& p, const Plan& plan) {
+  const bool copies = walks_along(p) && !is_general(p) && p.target_type != TargetType::kTeacher;
+  return (plan.blocks > 1 && !plan.cluster) || (copies && plan.kept == 0);
 }
 
 Plan plan_backward(const Problem& p, const Device& device) {

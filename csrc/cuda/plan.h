@@ -48,6 +48,10 @@ int64_t state_size(const Problem&);
 Plan plan_forward(const Problem&, const Device&);
 Plan plan_backward(const Problem&, const Device&);
 
+// Whether the gradient of a forward pass takes a pass of its own: of rows that blocks share without a cluster, and of
+// those whose copies of all pieces nobody has room for.
+bool has_gradient_pass(const Problem&, const Plan&);
+
 // What the functions of kernels.h do with the plans for the current device.
 void forward(const Problem&, const Plan&, Stream);
 void backward(const Problem&, const Plan&, Stream);

@@ -80,7 +80,7 @@ class Along {
   static constexpr int kBatch = 4;  // pieces that a thread has under way together
 
   CE_DEVICE static Seat seat(const Plan& plan) {
-    const int thread = thread_anew();
+    const int thread = threadIdx.x;
     return {thread >> log2_of(plan.lanes), thread & (plan.lanes - 1), plan};
   }
 
@@ -119,7 +119,7 @@ class Across {
   static constexpr int kBatch = 8;
 
   CE_DEVICE static Seat seat(const Plan& plan) {
-    const int thread = thread_anew();
+    const int thread = threadIdx.x;
     return {thread & (plan.rows() - 1), thread >> log2_of(plan.rows()), plan};
   }
 

@@ -145,7 +145,8 @@ void sum_rows(const Problem& p, bool losses, Stream stream) {
 }
 
 int64_t workspace_size(const Problem& p) {
-  return Workspace::kParts + kMaxParts * state_size(p);
+  const bool keeps_rows = p.grad.data && !p.max && has_gradient_pass(p, plan_forward(p, current_device()));
+  return Workspace::kRows + (keeps_rows ? Workspace::bytes_of_rows(p.rows) : 0);
 }
 
 }  // namespace ce::cuda

@@ -12,6 +12,8 @@ constexpr int kMaxTiles = 1 << 12;  // of rows whose sums they leave here
 constexpr int kRowValues = 5;       // max, sum, teacher_max, teacher_sum, mean
 constexpr int kMaxParts = 1 << 12;  // of rows that blocks share without a cluster, rows times blocks
 
+constexpr int64_t kLargestState = 64;  // bytes of a row's state
+
 // What is summed over rows.
 struct RowSums {
   double loss = -0.0;  // the identity of addition, so that a total of losses of −0 is −0
@@ -32,15 +34,19 @@ class Workspace {
   CE_HOST_DEVICE State* parts() const {
     return reinterpret_cast<State*>(data_ + kParts);
   }
-  // (kRowValues, rows) of what the gradient of rows that blocks share is made from.
+  // (kRowValues, rows) of what a gradient in a pass of its own is made from.
   template <typename A>
   CE_HOST_DEVICE A* rows() const {
     return reinterpret_cast<A*>(data_ + kRows);
   }
 
+  static constexpr int64_t bytes_of_rows(int64_t rows) {
+    return rows * kRowValues * static_cast<int64_t>(sizeof(double));
+  }
+
   static constexpr int64_t kSums = 16;
-  static constexpr int64_t kRows = kSums + kMaxTiles * sizeof(RowSums);
-  static constexpr int64_t kParts = kRows + kMaxParts / 2 * kRowValues * sizeof(double);
+  static constexpr int64_t kParts = kSums + kMaxTiles * sizeof(RowSums);
+  static constexpr int64_t kRows = kParts + kMaxParts * kLargestState;
 
  private:
   char* data_;
