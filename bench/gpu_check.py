@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .shapes import DTYPES, shapes_of
+from .shapes import shapes_of
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["autograd", "cross_entropy", "cuda", "deferred_errors", "distillation", "errors", "large_gradients"]
@@ -88,7 +88,7 @@ def main() -> None:
     with ThreadPoolExecutor(len(STEPS)) as pool:
         checks += pool.map(check, [step for step in STEPS if step in chosen and step not in ("build", "measure")])
     from .machine import provenance  # imports what has just been built
-    from .operators import measure
+    from .operators import FIGURES, copy_bandwidth, figures, measure
     from .results import Case
 
     results: list[dict[str, Any]] = []
@@ -110,24 +110,10 @@ def main() -> None:
         results = results or before["results"]
     path.write_text(json.dumps({"provenance": here, "checks": checks, "results": results}, indent=1) + "\n")
 
-    table = Table(
-        "rows", "classes", "dtype", "copy, GB/s", "forward", "with gradient", "backward", "× torch", "× torch both"
-    )
+    table = Table("rows", "classes", "dtype", "copy, GB/s", *FIGURES)
     for result in results:
-        s = result["seconds"]
-        size = result["rows"] * result["classes"] * DTYPES[result["dtype"]].itemsize
-        copy = 2 * size / s["copy"]
-        table.add_row(
-            str(result["rows"]),
-            str(result["classes"]),
-            result["dtype"],
-            f"{copy / 1e9:.0f}",
-            f"{size / s['forward'] / copy:.0%}",
-            f"{2 * size / s['forward with gradient'] / copy:.0%}",
-            f"{2 * size / s['backward'] / copy:.0%}",
-            f"{s['torch forward'] / s['forward']:.1f}",
-            f"{s['torch forward + backward'] / s['forward with gradient']:.1f}",
-        )
+        case = [str(result["rows"]), str(result["classes"]), result["dtype"], f"{copy_bandwidth(result) / 1e9:.0f}"]
+        table.add_row(*case, *figures(result))
     console = Console(width=120)
     console.print(table)
     for result in checks:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,29 @@ from torch.nn import functional as F
 from .inputs import Logits
 from .peers import on_torch
 from .results import Case
+from .shapes import DTYPES
 from .timing import Operation, Timed, clock_of, take_turns
 
 MEAN = 1  # torch's number for the reduction
+FIGURES = ["forward", "with gradient", "backward", "× torch", "× torch both"]
+
+
+def figures(result: dict[str, Any]) -> list[str]:
+    """Of a case's times: shares of the copy's bandwidth, counting the bytes that have to move, and ratios to torch."""
+    s = result["seconds"]
+    return [
+        f"{s['copy'] / 2 / s['forward']:.0%}",
+        f"{s['copy'] / s['forward with gradient']:.0%}",
+        f"{s['copy'] / s['backward']:.0%}",
+        f"{s['torch forward'] / s['forward']:.1f}",
+        f"{s['torch forward + backward'] / s['forward with gradient']:.1f}",
+    ]
+
+
+def copy_bandwidth(result: dict[str, Any]) -> float:
+    """Bytes read and written a second."""
+    size = result["rows"] * result["classes"] * DTYPES[result["dtype"]].itemsize
+    return 2 * size / float(result["seconds"]["copy"])
 
 
 def measure(case: Case, seconds: float) -> dict[str, float]:

@@ -1,12 +1,17 @@
 """The README's figures, made from the result files in bench/results.
 
 A block of the README between `<!-- WHAT FILE -->` and `<!-- end -->` is written by what it names: `provenance`,
-`ratios` or `steps` of a result file, or one of its charts, such as `chart-speedup`.
+`ratios` or `steps` of a result file, or one of its charts, such as `chart-speedup`; `operators` is of a file of
+bench.gpu_check.
 """
 
+import json
 import re
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+from .operators import FIGURES, figures
 from .refusal import Refusal
 from .report import bytes_text, time_text
 from .results import OURS, Case, Results, load
@@ -35,7 +40,11 @@ def render(text: str, root: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, what, file, end = match.groups()
-        return begin + _content(what, file, load(root / file)) + "\n" + end
+        if what == "operators":
+            content = operators(json.loads((root / file).read_text()))
+        else:
+            content = _content(what, file, load(root / file))
+        return begin + content + "\n" + end
 
     return _BLOCK.sub(block, text)
 
@@ -51,7 +60,10 @@ def _content(what: str, file: str, results: Results) -> str:
 
 
 def provenance(results: Results) -> str:
-    made = results.provenance
+    return _provenance(results.provenance)
+
+
+def _provenance(made: dict[str, Any]) -> str:
     machine = f"{made['gpu']}, driver {made['driver']}" if made.get("gpu") else f"{made['cpu']}, {made['cores']} cores"
     versions = made.get("versions")
     others = [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else []
@@ -103,6 +115,19 @@ def ratios(results: Results) -> str:
             row += [time_text(seconds) if seconds else "failed", f"{share:.0%}" if share else ""]
         rows.append(row + [_cell(case, peer) for peer in _peers(results)])
     return _table(header, rows, 2)
+
+
+def operators(file: dict[str, Any]) -> str:
+    """Where the operators' times are from, and for each shape their figures in bfloat16 and float32."""
+    dtypes = ("bfloat16", "float32")
+    header = ["rows", "classes", *(f"{dtype}: {name}" for dtype in dtypes for name in FIGURES)]
+    by_shape = sorted(file["results"], key=lambda result: (result["classes"], result["rows"]))
+    rows = []
+    for (_, classes), group in groupby(by_shape, key=lambda result: (result["rows"], result["classes"])):
+        of = {result["dtype"]: result for result in group}
+        cells = [cell for dtype in dtypes for cell in figures(of[dtype])]
+        rows.append([str(of[dtypes[0]]["rows"]), str(classes), *cells])
+    return _provenance(file["provenance"]) + "\n\n" + _table(header, rows, 0)
 
 
 def steps(results: Results) -> str:
