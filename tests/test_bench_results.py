@@ -291,6 +291,27 @@ def test_readme_blocks(tmp_path):
     assert readme.render(made, tmp_path) == made
 
 
+def test_readme_table_of_the_operators(tmp_path):
+    times = {"copy": 2.0, "forward": 1.25, "with gradient": 2.5, "backward": 4.0, "torch": 5.0, "torch both": 10.0}
+    names = {
+        "with gradient": "forward with gradient",
+        "torch": "torch forward",
+        "torch both": "torch forward + backward",
+    }
+    seconds = {names.get(name, name): time for name, time in times.items()}
+    made = {"provenance": results().provenance, "results": []}
+    for classes in (256, 128):
+        for dtype, factor in (("bfloat16", 1), ("float16", 3), ("float32", 2)):
+            slower = seconds | {"forward": factor * seconds["forward"]}
+            made["results"].append({"rows": 8, "classes": classes, "dtype": dtype, "seconds": slower})
+    (tmp_path / "bench/results").mkdir(parents=True)
+    (tmp_path / "bench/results/gpu.json").write_text(json.dumps(made))
+    text = "<!-- operators bench/results/gpu.json -->\n<!-- end -->"
+    lines = readme.render(text, tmp_path).splitlines()
+    row = "80% | 80% | 50% | 4.0 | 4.0 | 40% | 80% | 50% | 2.0 | 4.0 |"
+    assert lines[-3:-1] == [f"| 8 | {classes} | {row}" for classes in (128, 256)]
+
+
 def test_readme_is_made_from_the_results():
     text = (ROOT / "README.md").read_text()
     assert readme.render(text, ROOT) == text, "run: make readme-figures"
