@@ -26,10 +26,12 @@ __global__ void __launch_bounds__(kPickThreads) gather_rows(const __grid_constan
   const Picks<A> picks(p, row);
   const LogitTransform<A> transform = transform_of<A>(p);
   const T* const logits = static_cast<const T*>(p.logits.data) + row_offset(p, row, p.logits.strides);
+  const int64_t offset = row_offset(p, row, p.row_strides);
   A mass = 0, negative_entropies = 0;
   for (int64_t j = lane; j < p.picks; j += kWarp) {
-    mass += picks.probability(j);
-    negative_entropies += PickedRow<A>::negative_entropy(picks.probability(j));
+    const A q = picks.probability(j);
+    mass += q;
+    negative_entropies += PickedRow<A>::negative_entropy(q);
   }
   mass = sum_of_lanes(mass, kWarp);
   negative_entropies = sum_of_lanes(negative_entropies, kWarp);
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kPickThreads) gather_rows(const __grid_constan
     if (picks.is_out_of_bounds(j)) {
       is_bad = true;
       if (p.bad_target) {
-        report(p.bad_target, row_offset(p, row, p.row_strides), picks.index(j));
+        report(p.bad_target, offset, picks.index(j));
       }
       continue;
     }
