@@ -521,7 +521,8 @@ struct Results {
     }
     p.bad_target = &bad_target;
     // Plans are changed, some into ones that need more.
-    workspace.assign(cuda::workspace_size(p) + (p.grad.data ? cuda::Workspace::bytes_of_rows(p.rows) : 0), char(0xff));
+    const bool grad = pass == Pass::kForwardGrad || pass == Pass::kInplace;
+    workspace.assign(cuda::workspace_size(p) + (grad ? cuda::Workspace::bytes_of_rows(p.rows) : 0), char(0xff));
     p.workspace = workspace.data();
   }
 };
