@@ -181,7 +181,6 @@ CE_HOST_DEVICE int shared_sums(const Plan& plan) {
 // that finishes rows has in `shared`.
 template <typename A>
 CE_DEVICE void sum_tile(const Problem& p, const Plan& plan, const Seat& seat, const RowSums* shared) {
-  wait_for_previous();  // which may have its own sums there
   __syncthreads();
   if (threadIdx.x >= kWarp || seat.block != 0) {
     return;
@@ -375,6 +374,7 @@ __global__ void __launch_bounds__(kMaxThreads,
       leave_cluster();
     }
   }
+  wait_for_previous();  // in any case: whoever comes next takes both for done
   if (plan.sums) {
     sum_tile<A>(p, plan, Walk::seat(plan), sums);
   }
