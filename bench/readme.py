@@ -121,13 +121,15 @@ def operators(file: dict[str, Any]) -> str:
     """Where the operators' times are from, and for each shape their figures in bfloat16 and float32."""
     dtypes = ("bfloat16", "float32")
     header = ["rows", "classes", *(f"{dtype}: {name}" for dtype in dtypes for name in FIGURES)]
-    by_shape = sorted(file["results"], key=lambda result: (result["classes"], result["rows"]))
-    rows = []
-    for (_, classes), group in groupby(by_shape, key=lambda result: (result["rows"], result["classes"])):
-        of = {result["dtype"]: result for result in group}
-        cells = [cell for dtype in dtypes for cell in figures(of[dtype])]
-        rows.append([str(of[dtypes[0]]["rows"]), str(classes), *cells])
-    return _provenance(file["provenance"]) + "\n\n" + _table(header, rows, 0)
+
+    def shape(result: dict[str, Any]) -> tuple[int, int]:
+        return result["classes"], result["rows"]
+
+    lines = []
+    for (classes, rows), group in groupby(sorted(file["results"], key=shape), key=shape):
+        of = {result["dtype"]: figures(result) for result in group}
+        lines.append([str(rows), str(classes), *(cell for dtype in dtypes for cell in of[dtype])])
+    return _provenance(file["provenance"]) + "\n\n" + _table(header, lines, 0)
 
 
 def steps(results: Results) -> str:

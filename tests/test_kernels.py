@@ -433,8 +433,8 @@ MISTAKES = {
         "plain",
         ["many rows"],
         "sums.cu",
-        "first + i * threads < p.rows",
-        "first + i * threads < p.rows - 1",
+        "first + i * threads < count",
+        "first + i * threads < count - 1",
     ),
     "padding written": (
         "plain",

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2
       continue;
     }
     const FromMemory<Walk> read{walk};
-    write_row<kGeneral, kGeneral ? 2 : 3>(p, row, walk, seat, read, target, transform, gradient, grad);
+    write_row<kGeneral, kGeneral ? 2 : 3>(walk, seat, read, target, coefficients, transform, gradient, grad);
   }
 }
 

@@ -360,11 +360,11 @@ __global__ void __launch_bounds__(kMaxThreads,
           if (kGeneral && p.picks > 0) {
             gradient = Picks<A>(p, row).row.gradient_of_others(gradient);
           }
-          if (kCopies || plan.kept > 0) {
-            write_row<kGeneral, 1>(p, row, out, seat, kept, target, transform, gradient, grad);
-          } else {
-            write_row<kGeneral, 1>(p, row, out, seat, FromMemory<Walk>{out}, target, transform, gradient, grad);
-          }
+          const Coefficients<T> coefficients(p, row, out);
+          const auto write = [&](const auto& pieces) {
+            write_row<kGeneral, 1>(out, seat, pieces, target, coefficients, transform, gradient, grad);
+          };
+          kCopies || plan.kept > 0 ? write(kept) : write(FromMemory<Walk>{out});
         } else {
           write_zeros(out, seat, grad);
         }

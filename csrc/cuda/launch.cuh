@@ -351,9 +351,10 @@ CE_DEVICE void cluster_barrier() {
   cluster_wait();
 }
 
+constexpr float kLog2E = 1.44269504f;
+
 // exp(x), for x ≤ 0 within 2 units in the last place.
 CE_DEVICE float exponential(float x) {
-  constexpr float kLog2E = 1.44269504f;
   return exp2_approx(x * kLog2E);
 }
 CE_DEVICE double exponential(double x) {
@@ -376,7 +377,6 @@ class Exponentials<float> {
   CE_DEVICE float unit() const { return power(reference_); }
 
  private:
-  static constexpr float kLog2E = 1.44269504f;
   float reference_, offset_;
 };
 

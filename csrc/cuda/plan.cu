@@ -47,6 +47,15 @@ int64_t pieces_of(const Problem& p) {
   return walks_along(p) ? p.classes * size_of(p.dtype) / 16 : p.classes;
 }
 
+static_assert(sizeof(RowDivergence<double>) <= kLargestState && sizeof(RowStats<double>) <= kLargestState);
+
+// Bytes of what a thread has of a row, in the widest type.
+int64_t state_size(const Problem& p) {
+  return p.target_type == TargetType::kTeacher ? sizeof(RowDivergence<double>)
+         : has_stats(p)                        ? sizeof(RowStats<double>)
+                                               : sizeof(RowState<double>);
+}
+
 // Lanes for a row, blocks for few rows.
 Plan plan_threads(const Problem& p, const Device& device, const Sharing& sharing) {
   const int64_t pieces = pieces_of(p);
@@ -83,14 +92,6 @@ Plan plan_threads(const Problem& p, const Device& device, const Sharing& sharing
 }
 
 }  // namespace
-
-static_assert(sizeof(RowDivergence<double>) <= kLargestState && sizeof(RowStats<double>) <= kLargestState);
-
-int64_t state_size(const Problem& p) {
-  return p.target_type == TargetType::kTeacher ? sizeof(RowDivergence<double>)
-         : has_stats(p)                        ? sizeof(RowStats<double>)
-                                               : sizeof(RowState<double>);
-}
 
 Plan plan_forward(const Problem& p, const Device& device) {
   Plan plan = plan_threads(p, device, p.grad.data ? kForwardGrad : kForward);

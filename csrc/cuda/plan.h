@@ -27,7 +27,7 @@ struct Plan {
   int lanes = 32;        // threads of a block that share a row; a power of two
   int blocks = 1;        // that share a row; a power of two; more than one only where lanes = threads
   bool cluster = false;  // whether those are one cluster; otherwise a second kernel merges what they find
-  int kept = 0;          // pieces that each thread keeps in shared memory for the gradient; 0: it reads the row again
+  int kept = 0;          // pieces that each thread keeps in shared memory for the gradient; 0: none
 
   bool reads_all = false;     // also ignored rows: short ones are read before their target has arrived
   bool sums = false;          // each tile sums up its rows' losses and weights, for sum_tiles()
@@ -40,9 +40,6 @@ struct Plan {
 inline bool walks_along(const Problem& p) {
   return p.logits.class_stride == 1;
 }
-
-// Bytes of what a thread has of a row, in the widest type.
-int64_t state_size(const Problem&);
 
 // For the forward pass, with or without the gradient in it, and for a pass that maps each logit to its gradient.
 Plan plan_forward(const Problem&, const Device&);

@@ -51,27 +51,34 @@ CE_DEVICE RowSums sum_in_cluster(RowSums sums) {
   return sums;
 }
 
-template <typename A>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_all_rows(const __grid_constant__ Problem p, const __grid_constant__ bool losses,
-                 const __grid_constant__ bool weights, const __grid_constant__ bool cluster) {
-  constexpr int kBatch = 8;  // rows that a thread has under way together
-  wait_for_previous();
-  let_next_start();
+// Adds up f(i) for a thread's part of `count`, which are taken in turn by so many threads.
+template <typename F>
+CE_DEVICE RowSums sum_turns(int64_t thread, int64_t threads, int64_t count, F&& f) {
+  constexpr int kBatch = 8;  // that a thread has under way together
   RowSums sums;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kSumThreads;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; first < p.rows;
-       first += kBatch * threads) {
+  for (int64_t first = thread; first < count; first += kBatch * threads) {
     RowSums batch[kBatch];
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
-      if (first + i * threads < p.rows) {
-        batch[i] = sums_of<A>(p, first + i * threads, losses, weights);
+      if (first + i * threads < count) {
+        batch[i] = f(first + i * threads);
       }
     }
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       add(sums, batch[i]);
     }
   }
+  return sums;
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_all_rows(const __grid_constant__ Problem p, const __grid_constant__ bool losses,
+                 const __grid_constant__ bool weights, const __grid_constant__ bool cluster) {
+  wait_for_previous();
+  let_next_start();
+  RowSums sums = sum_turns(static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x,
+                           static_cast<int64_t>(gridDim.x) * kSumThreads, p.rows,
+                           [&](int64_t row) { return sums_of<A>(p, row, losses, weights); });
   sums = sum_in_block(sums);
   if (cluster) {
     sums = sum_in_cluster(sums);
@@ -89,23 +96,11 @@ template <typename A>
 __global__ void __launch_bounds__(kSumThreads)
     sum_partial(const __grid_constant__ Problem p, const __grid_constant__ int blocks,
                 const __grid_constant__ bool losses, const __grid_constant__ bool weights) {
-  constexpr int kBatch = 8;
   wait_for_previous();
   let_next_start();
   const RowSums* const partial = Workspace(p.workspace).sums();
-  RowSums sums;
-  for (int first = threadIdx.x; first < blocks; first += kBatch * kSumThreads) {
-    RowSums batch[kBatch];
-    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
-      if (first + i * kSumThreads < blocks) {
-        batch[i] = partial[first + i * kSumThreads];
-      }
-    }
-    CE_UNROLL for (int i = 0; i < kBatch; ++i) {
-      add(sums, batch[i]);
-    }
-  }
-  sums = sum_in_block(sums);
+  const RowSums sums =
+      sum_in_block(sum_turns(threadIdx.x, kSumThreads, blocks, [&](int64_t block) { return partial[block]; }));
   if (threadIdx.x == 0) {
     write_sums<A>(p, sums, losses, weights);
   }

@@ -262,15 +262,15 @@ CE_DEVICE void write_zeros(const Walk& walk, const Seat& seat, const Companion<T
 
 // Writes the gradient of a kept row, whose whole pieces `read` gets.
 template <bool kGeneral, int kBatch, typename Walk, typename Read, typename T = typename Walk::Element>
-CE_DEVICE void write_row(const Problem& p, int64_t row, const Walk& walk, const Seat& seat, Read&& read,
-                         const RowTarget<Acc<T>>& target, const LogitTransform<Acc<T>>& transform,
+CE_DEVICE void write_row(const Walk& walk, const Seat& seat, Read&& read, const RowTarget<Acc<T>>& target,
+                         const Coefficients<T>& coefficients, const LogitTransform<Acc<T>>& transform,
                          const RowGradient<Acc<T>>& gradient, const Companion<T>& grad) {
   using A = Acc<T>;
-  const Coefficients<T> coefficients(p, row, walk);
   const auto write = [&](int64_t c, const auto& piece) {
     write_gradient<kGeneral>(grad, c, piece, target, coefficients, transform, gradient);
   };
-  // Where the gradient replaces the logits, the target's has to be read before.
+  // Where the gradient replaces the logits, the target's has to be read before. Its place is found anew after the loop,
+  // rather than kept in registers all along.
   const bool reads_before = !read.is_kept();
   Piece<T, 1> logit = {};
   if (const TargetPlace<Walk> place(walk, seat, target.index); reads_before && place.is_mine()) {
