@@ -12,6 +12,12 @@ struct TileDetails {
   RowPlace<double> places[kMaxLanes];
   double target_logits[kMaxLanes] = {};
 
+  void clear(int rows) {
+    std::fill(moments, moments + rows, Moment<double>());
+    std::fill(places, places + rows, RowPlace<double>());
+    std::fill(target_logits, target_logits + rows, 0.0);
+  }
+
   // As states `mine` are merged with `others`, of which `other` are the details.
   void merge(const TileDetails& other, const RowState<double>* mine, const RowState<double>* others, int rows) {
     for (int lane = 0; lane < rows; ++lane) {
@@ -32,6 +38,11 @@ bool keeps_exps(const Problem& p) {
                         : p.classes <= 1 << 12 && p.rows * row_bytes <= 1 << 23;
 }
 
+// Whether the exponentials can be kept with a softcap's slope: all that is to be multiplied with it, and in its range.
+bool keeps_slope(const Problem& p) {
+  return p.softcap == 0 || (!has_coefficients(p) && p.softcap > 1e-3 && p.softcap < 1e6);
+}
+
 // The exponentials of some tiles at a time, where they are kept.
 template <typename T>
 class KeptExps {
@@ -39,7 +50,7 @@ class KeptExps {
   using A = Acc<T>;
 
   KeptExps(const Problem& p, const Tiling& tiling, int lanes, int64_t tiles) {
-    if (p.grad.data && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 && p.softcap == 0 &&
+    if (p.grad.data && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 && keeps_slope(p) &&
         keeps_exps<T>(p)) {
       references_ = p.classes;
       size_ = references_ + p.classes / (kGroup * lanes) + 1;
@@ -89,8 +100,10 @@ struct LossPass {
 
   void accumulate(Tile tile, const TileTargets<A>& targets, int64_t piece, Exps<A> exps, Rows& rows) const {
     const int64_t begin = piece * kPiece, end = std::min(p.classes, begin + kPiece);
-    if (has_details && (piece == 0 || !rows.details)) {
+    if (has_details && !rows.details) {
       rows.details.emplace();
+    } else if (has_details && piece == 0) {
+      rows.details->clear(tile.rows);
     }
     kernels.accumulate(p, tiling.along, tile, targets, begin, end, exps, rows.states,
                        p.entropy ? rows.details->moments : nullptr);
@@ -114,11 +127,11 @@ struct LossPass {
     kernels.gradient(p, tiling.along, tile, targets, gradient, begin, std::min(p.classes, begin + kPiece), exps);
   }
 
-  void write_details(int lane, int64_t offset, bool kept, const RowState<double>& state,
+  void write_details(int lane, int64_t offset, bool kept, const RowState<double>& state, double log_sum,
                      const TileDetails& details) const {
     const double of_target = details.target_logits[lane];
-    write_row<A>(p.log_prob, offset, kept ? log_probability(state.exps, of_target) : 0);
-    write_row<A>(p.entropy, offset, details.moments[lane].entropy(state.exps));
+    write_row<A>(p.log_prob, offset, kept ? log_probability(state.exps, of_target, log_sum) : 0);
+    write_row<A>(p.entropy, offset, details.moments[lane].entropy(state.exps, log_sum));
     write_row<int64_t>(p.argmax, offset, details.places[lane].argmax);
     write_row<int64_t>(p.rank, offset, kept ? details.places[lane].rank : -1);
   }
@@ -142,7 +155,8 @@ struct LossPass {
       const int64_t row = tile.row + lane;
       const int64_t offset = row_offset(p, row, p.row_strides);
       const RowState<double>& state = rows.states[lane];
-      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss) : 0);
+      const double log_sum = state.exps.log_sum();
+      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss, log_sum) : 0);
       write_row<A>(p.max, offset, state.exps.max);
       write_row<A>(p.sum, offset, state.exps.sum);
       if (p.linear) {
@@ -150,10 +164,10 @@ struct LossPass {
         write_row<A>(p.coefficients, offset, state.coefficients);
       }
       if (p.lse) {
-        write_row<A>(p.lse, offset, state.exps.lse());
+        write_row<A>(p.lse, offset, state.exps.lse(log_sum));
       }
       if (has_details) {
-        write_details(lane, offset, targets.kept[lane], state, rows.details ? *rows.details : kNoDetails);
+        write_details(lane, offset, targets.kept[lane], state, log_sum, rows.details ? *rows.details : kNoDetails);
       }
       if (p.grad.data) {
         const MaxSum<A> exps{A(state.exps.max), A(state.exps.sum)};

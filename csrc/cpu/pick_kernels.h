@@ -8,23 +8,40 @@ void gather_picks(const Problem& p, int64_t row) {
   const T* const logits = static_cast<const T*>(p.logits.data) + row_offset(p, row, p.logits.strides);
   const Transformed<A> transform(p);
   const Picks<A> picks(p, row);
-  A mass = 0, negative_entropies = 0;
-  for (int64_t j = 0; j < p.picks; ++j) {
-    mass += picks.probability(j);
-    negative_entropies += PickedRow<A>::negative_entropy(picks.probability(j));
-  }
-  picks.row = PickedRow<A>(mass, negative_entropies, p.picks, p.classes, p.spreads, p.kappa != 0);
+  Vec<A> mass = {}, negative_entropies = {};
+  Vec<A> top = broadcast(A(-INFINITY));
   for (int64_t first = 0; first < p.picks; first += kLanes<A>) {
     const int count = lanes_at<A, true>(first, p.picks, 1);
     T given[kLanes<A>] = {};
+    A probabilities[kLanes<A>] = {};
     for (int lane = 0; lane < count; ++lane) {
       given[lane] = logits[picks.index(first + lane) * p.logits.class_stride];
+      probabilities[lane] = picks.probability(first + lane);
     }
-    store(picks.logits + first, 1, count, applied(transform, load(given)));
+    const Vec<A> z = applied(transform, load(given)), q = load(probabilities);
+    mass += q;
+    if (p.kappa != 0) {
+      negative_entropies += q * log<A>(q > 0 ? q : broadcast(A(1)));
+    }
+    top = max(top, first_lanes<A>(count) ? z : top);
+    store(picks.logits + first, 1, count, z);
+    store(picks.coefficients + first, 1, count, q);
   }
-  for (int64_t j = 0; j < p.picks; ++j) {
-    picks.coefficients[j] = picks.row.add(picks.probability(j), picks.logits[j]);
+  PickedRow<A> found(reduce_sum<A>(mass), reduce_sum<A>(negative_entropies), p.picks, p.classes, p.spreads,
+                     p.kappa != 0);
+  found.state.exps.max = reduce_max<A>(top);
+  const Vec<A> reference = broadcast(found.state.exps.reference());
+  Vec<A> linear = {}, coefficients = {};
+  for (int64_t first = 0; first < p.picks; first += kLanes<A>) {
+    const int count = lanes_at<A, true>(first, p.picks, 1);
+    const Vec<A> a = first_lanes<A>(count) ? load(picks.coefficients + first, 1, count) - found.background : Vec<A>{};
+    linear += a == 0 ? Vec<A>{} : a * (load(picks.logits + first, 1, count) - reference);
+    coefficients += a;
+    store(picks.coefficients + first, 1, count, a);
   }
+  found.state.linear = reduce_sum<A>(linear);
+  found.state.coefficients = reduce_sum<A>(coefficients);
+  picks.row = found;
 }
 
 template <typename T>

@@ -25,6 +25,7 @@ struct Simd<float> {
   static constexpr int kMantissa = 23;
   static constexpr float kMagic = 0x1.8p23f + 127;
   static constexpr float kLog2e = 1.44269504088896341f;
+  static constexpr int kArtanhTerms = 5;            // s² ≤ 0.0295
   static constexpr float kFarthest = 88.02969193f;  // 127 ln 2: rounds to 2^−127, whose bits are those of 0
 };
 
@@ -36,6 +37,7 @@ struct Simd<double> {
   static constexpr int kMantissa = 52;
   static constexpr double kMagic = 0x1.8p52 + 1023;
   static constexpr double kLog2e = 1.44269504088896341;
+  static constexpr int kArtanhTerms = 10;
   static constexpr double kFarthest = 709.0895657128241;  // 1023 ln 2
 };
 
@@ -313,16 +315,105 @@ CE_INLINE Floats divide(Floats n, Floats d) {
 #endif
 }
 
-CE_INLINE Floats tanh(Floats x) {
-  const Floats u = max(broadcast(-kTanhLimit), min(broadcast(kTanhLimit), x));
-  const auto ratio = tanh_ratio(u);
-  return divide(ratio.numerator, ratio.denominator);
+// ln x of positive normal numbers: with m · 2^n = x and m in [√½, √2), n · ln 2 + ln m, of which the latter is
+// 2 · artanh(s) with s = (m − 1) / (m + 1).
+template <typename A>
+CE_INLINE Vec<A> log(Vec<A> x) {
+  using S = Simd<A>;
+  using Bits = typename S::Bits;
+  constexpr A kLn2 = A(0.693147180559945309);
+  constexpr A kHalfRoot = A(0.707106781186547524);
+  const Bits bits = bit_cast<Bits>(x) - bit_cast<Bits>(broadcast(kHalfRoot));
+  const auto n = bit_cast<typename S::Mask>(bits) >> S::kMantissa;
+  const Vec<A> m = bit_cast<Vec<A>>(bit_cast<Bits>(x) - (bit_cast<Bits>(n) << S::kMantissa));
+  const Vec<A> s = (m - 1) / (m + 1), t = s * s;
+  Vec<A> series = broadcast(A(2) / (2 * S::kArtanhTerms + 1));
+  CE_UNROLL for (int k = S::kArtanhTerms - 1; k >= 0; --k) {
+    series = series * t + A(2) / (2 * k + 1);
+  }
+  return __builtin_convertvector(n, Vec<A>) * kLn2 + s * series;
 }
-CE_INLINE Doubles tanh(Doubles x) {
-  const Doubles e = exp_minus<double>(2 * (x < 0 ? -x : x));
-  const Doubles t = (1 - e) / (1 + e);
-  return x < 0 ? -t : t;
-}
+
+// cap · tanh(scale · x) of vectors whose elements are near 0, most of them.
+template <typename A>
+class Softcap;
+
+template <>
+class Softcap<float> {
+ public:
+  Softcap(float scale, float cap) : scale_(scale), cap_(cap) {
+    if (cap == 0) {
+      return;
+    }
+    const float near = kTanhNear / scale;
+    // Powers of other scales are out of range.
+    limit_ = scale > 1e-3f && scale < 1e3f ? near * near : -1;
+    float factor = cap * scale;
+    for (int k = 0; k <= kDegree; ++k, factor *= scale * scale) {
+      of_squares_[k] = factor * kTanhOverArgument[k];
+    }
+  }
+
+  template <int kCount>
+  CE_INLINE void apply(Floats (&x)[kCount]) const {
+    constexpr int kTogether = kCount < 4 ? kCount : 4;  // more need more registers than there are
+    CE_UNROLL for (int first = 0; first < kCount; first += kTogether) {
+      apply_together<kTogether>(x + first);
+    }
+  }
+
+ private:
+  template <int kCount>
+  CE_INLINE void apply_together(Floats* x) const {
+    Floats squares[kCount], ratios[kCount];
+    Floats farthest = {};
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      squares[i] = x[i] * x[i];
+      farthest = max(farthest, squares[i]);
+      ratios[i] = squares[i] * of_squares_[kDegree] + of_squares_[kDegree - 1];
+    }
+    CE_UNROLL for (int k = kDegree - 2; k >= 0; --k) {
+      CE_UNROLL for (int i = 0; i < kCount; ++i) {
+        ratios[i] = ratios[i] * squares[i] + of_squares_[k];
+      }
+    }
+    // What is far is as it would be among others that are far: equal logits have to stay equal.
+    if (__builtin_expect(any_negative(bit_cast<Int32s>(limit_ - farthest)), 0)) {
+      CE_UNROLL for (int i = 0; i < kCount; ++i) {
+        const Floats u = max(broadcast(-kTanhLimit), min(broadcast(kTanhLimit), x[i] * scale_));
+        const auto tanh = tanh_ratio(u);
+        x[i] = squares[i] > limit_ ? cap_ * divide(tanh.numerator, tanh.denominator) : x[i] * ratios[i];
+      }
+    } else {
+      CE_UNROLL for (int i = 0; i < kCount; ++i) {
+        x[i] *= ratios[i];
+      }
+    }
+  }
+
+  static constexpr int kDegree = std::size(kTanhOverArgument) - 1;
+  float scale_, cap_, limit_;
+  float of_squares_[kDegree + 1];
+};
+
+template <>
+class Softcap<double> {
+ public:
+  Softcap(double scale, double cap) : scale_(scale), cap_(cap) {}
+
+  template <int kCount>
+  CE_INLINE void apply(Doubles (&x)[kCount]) const {
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      const Doubles u = x[i] * scale_;
+      const Doubles e = exp_minus<double>(2 * (u < 0 ? -u : u));
+      const Doubles t = (1 - e) / (1 + e);
+      x[i] = cap_ * (u < 0 ? -t : t);
+    }
+  }
+
+ private:
+  double scale_, cap_;
+};
 
 // How elements of type T look in memory, and the conversions from and to a vector of their accumulators.
 

@@ -125,9 +125,31 @@ struct AsGiven {
 // They are transformed, within the kernels of which the plain ones shall not know.
 template <typename A>
 struct Transformed : LogitTransform<A> {
-  explicit Transformed(const Problem& p) : LogitTransform<A>(transform_of<A>(p)) {}
-  explicit Transformed(LogitTransform<A> transform) : LogitTransform<A>(transform) {}
+  Softcap<A> softcap;
+
+  explicit Transformed(const Problem& p) : Transformed(transform_of<A>(p)) {}
+  explicit Transformed(LogitTransform<A> transform)
+      : LogitTransform<A>(transform), softcap(transform.before_tanh(), transform.cap) {}
 };
+// An exponential that is kept for the gradient of z, so that it is one for that of the given logits: times the slope,
+// but for the factor that makes up for its unit.
+template <typename A>
+CE_INLINE Vec<A> kept_exp(const AsGiven<A>&, Vec<A> e, Vec<A>) {
+  return e;
+}
+template <typename A>
+CE_INLINE Vec<A> kept_exp(const Transformed<A>& transform, Vec<A> e, Vec<A> z) {
+  return transform.cap > 0 ? e * ((transform.cap - z) * (transform.cap + z)) : e;
+}
+template <typename A>
+CE_INLINE A unit_of_kept(const AsGiven<A>&) {
+  return 1;
+}
+template <typename A>
+CE_INLINE A unit_of_kept(const Transformed<A>& transform) {
+  return transform.cap > 0 ? 1 / (transform.cap * transform.cap) : A(1);
+}
+
 template <typename A, bool kTransformed>
 using Transform = std::conditional_t<kTransformed, Transformed<A>, AsGiven<A>>;
 
@@ -137,9 +159,7 @@ CE_INLINE void apply(const AsGiven<A>&, Vec<A> (&)[kCount]) {}
 template <typename A, int kCount>
 CE_INLINE void apply(const Transformed<A>& transform, Vec<A> (&x)[kCount]) {
   if (transform.cap > 0) {
-    CE_UNROLL for (int i = 0; i < kCount; ++i) {
-      x[i] = transform.cap * tanh(x[i] * transform.before_tanh());
-    }
+    transform.softcap.apply(x);
   } else {
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
       x[i] *= transform.scale;
@@ -371,7 +391,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
           x, [&](int i) __attribute__((always_inline)) { return coefficients.get(c + i * stripe, lanes); },
           [&](int i, Vec<A> e) __attribute__((always_inline)) {
             if (keeps) {
-              store(kept.values + c + i / kVectors * stripe + i % kVectors * kStep, e);
+              store(kept.values + c + i / kVectors * stripe + i % kVectors * kStep, kept_exp(transform, e, x[i]));
             }
           });
       if (keeps) {
@@ -618,7 +638,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     A* const factors = kept_exps.references + begin / (kGroup * kStep);
     for (int64_t g = 0; g < groups; g += kLanes<A>) {
       const int count = lanes_at<A, true>(g, groups, 1);
-      store(factors + g, 1, count, exp_minus<A>(top - load(factors + g, 1, count)) * scale);
+      store(factors + g, 1, count, exp_minus<A>(top - load(factors + g, 1, count)) * (scale * unit_of_kept(transform)));
     }
     const bool streams = may_stream && grad.align(begin, end) == begin;
     constexpr int kTogether = decltype(striped)::value ? kVectors : kGroup;

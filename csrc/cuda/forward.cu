@@ -103,10 +103,10 @@ CE_DEVICE void write_stats(const Problem& p, int64_t offset, const RowTarget<A>&
   if (p.log_prob) {
     static_cast<A*>(p.log_prob)[offset] = !target.kept       ? A(0)
                                           : target.index < 0 ? A(NAN)
-                                                             : log_probability(exps, target_logit);
+                                                             : log_probability(exps, target_logit, exps.log_sum());
   }
   if (p.entropy) {
-    static_cast<A*>(p.entropy)[offset] = stats.moment.entropy(exps);
+    static_cast<A*>(p.entropy)[offset] = stats.moment.entropy(exps, exps.log_sum());
   }
   if (p.argmax) {
     p.argmax[offset] = stats.place.argmax;
