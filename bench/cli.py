@@ -11,7 +11,8 @@ from rich.console import Console
 from . import compare, measure, readme, report
 from .machine import ROOT, provenance
 from .memory import is_exhausted
-from .peers import PEERS, chosen
+from .options import OPTIONS, competitors
+from .peers import PEERS, Peer, chosen
 from .refusal import Refusal, one_line
 from .results import INPLACE, OURS, Case, Results, load
 from .shapes import DTYPES, MODELS, SETS, Device, Shape, parse_shape, shapes_of
@@ -36,9 +37,8 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="time the loss and its gradient", description="Times the loss.")
-    run.add_argument("--shape", action="append", metavar="N,V", help="of the logits; N,C,d1,… too; may be repeated")
-    run.add_argument("--shapes", nargs="+", metavar="SET", help=f"named shapes: {', '.join(SETS)}; without: regimes")
-    run.add_argument("--quick", action="store_true", help="less of everything, in under a minute")
+    _add_shapes(run)
+    _add_peers(run)
     _add_common(run)
     run.set_defaults(main=_run)
 
@@ -48,8 +48,20 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--model", nargs="+", metavar="MODEL", help=f"{', '.join(MODELS)}; without: gpt2")
     train.add_argument("--rows", type=int, metavar="N", help="tokens or images of a batch; without: the model's own")
     train.add_argument("--quick", action="store_true", help="a small batch and few steps")
+    _add_peers(train)
     _add_common(train)
     train.set_defaults(main=_train)
+
+    options = commands.add_parser(
+        "options",
+        help="time the options and outputs beyond torch's",
+        description="Times the loss with each option against the loss without, and against the same put together from "
+        "torch's operators.",
+    )
+    _add_shapes(options)
+    options.add_argument("--options", nargs="+", metavar="OPTION", help=f"{', '.join(OPTIONS)}; without: all")
+    _add_common(options)
+    options.set_defaults(main=_options)
 
     plot = commands.add_parser("plot", help="draw charts from result files", description="Draws charts.")
     plot.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
@@ -79,13 +91,24 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+def _add_shapes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--shape", action="append", metavar="N,V", help="of the logits; N,C,d1,… too; may be repeated")
+    command.add_argument(
+        "--shapes", nargs="+", metavar="SET", help=f"named shapes: {', '.join(SETS)}; without: regimes"
+    )
+    command.add_argument("--quick", action="store_true", help="less of everything, in under a minute")
+
+
+def _add_peers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--peers", nargs="+", metavar="PEER", help=f"{', '.join(p for p in PEERS if p not in (OURS, INPLACE))}, or all"
+    )
+
+
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=["cpu", "cuda"], help="without: cuda if there is one")
     command.add_argument("--dtype", nargs="+", metavar="DTYPE", help=f"{', '.join(DTYPES)}; without: float32 bfloat16")
     command.add_argument("--threads", nargs="+", type=int, metavar="T", help="on the CPU; without: torch's number")
-    command.add_argument(
-        "--peers", nargs="+", metavar="PEER", help=f"{', '.join(p for p in PEERS if p not in (OURS, INPLACE))}, or all"
-    )
     command.add_argument("--seconds", type=float, metavar="S", help="for timing each case; without: 8")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every sample and the provenance")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each median")
@@ -117,12 +140,29 @@ def _cases(arguments: argparse.Namespace, device: Device, shapes: list[NamedShap
     ]
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> int:
-    device = _device(arguments)
+def _named_shapes(arguments: argparse.Namespace, device: Device) -> list[NamedShape]:
     sets = arguments.shapes or ([] if arguments.shape else ["quick" if arguments.quick else "regimes"])
     shapes: list[NamedShape] = [("", parse_shape(text), None) for text in arguments.shape or ()]
-    shapes += [(name if name in MODELS else "", shape, None) for name in sets for shape in shapes_of(name, device)]
-    return _measure("run", arguments, console, device, _cases(arguments, device, shapes))
+    return shapes + [
+        (name if name in MODELS else "", shape, None) for name in sets for shape in shapes_of(name, device)
+    ]
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    device = _device(arguments)
+    peers, missing = _peers_of("run", arguments, device)
+    cases = _cases(arguments, device, _named_shapes(arguments, device))
+    return _measure(Results("run", provenance(device), missing), peers, arguments, console, cases)
+
+
+def _options(arguments: argparse.Namespace, console: Console) -> int:
+    device = _device(arguments)
+    peers = competitors(arguments.options)
+    cases = _cases(arguments, device, _named_shapes(arguments, device))
+    for case in cases:
+        if len(case.shape) != 2:
+            raise Refusal(f"the options are measured with logits of (rows, classes), not {case.shape}")
+    return _measure(Results("options", provenance(device)), peers, arguments, console, cases)
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
@@ -136,15 +176,23 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
         model = MODELS[name]
         rows = arguments.rows or (64 if arguments.quick else model.rows(device))
         shapes.append((name, (rows, model.classes), model.hidden))
-    return _measure("train", arguments, console, device, _cases(arguments, device, shapes))
+    peers, missing = _peers_of("train", arguments, device)
+    return _measure(
+        Results("train", provenance(device), missing), peers, arguments, console, _cases(arguments, device, shapes)
+    )
 
 
-def _measure(kind: str, arguments: argparse.Namespace, console: Console, device: str, cases: list[Case]) -> int:
+def _peers_of(kind: str, arguments: argparse.Namespace, device: Device) -> tuple[list[Peer], dict[str, str]]:
     names = ["torch", "compile"] if arguments.quick and not arguments.peers else arguments.peers
-    peers, missing = chosen(names, kind, device)
+    return chosen(names, kind, device)
+
+
+def _measure(
+    results: Results, peers: list[Peer], arguments: argparse.Namespace, console: Console, cases: list[Case]
+) -> int:
     fitting = []
     for case in cases:
-        if reason := measure.too_large(kind, case):
+        if reason := measure.too_large(results.kind, case):
             console.print(f"left out: {reason}")
         else:
             fitting.append(case)
@@ -154,7 +202,6 @@ def _measure(kind: str, arguments: argparse.Namespace, console: Console, device:
     if seconds < 0:
         raise Refusal(f"--seconds {seconds}: a time is not negative")
     settings = measure.Settings(seconds, fewest=3 if arguments.quick else 7)
-    results = Results(kind=kind, provenance=provenance(device), missing=missing)  # type: ignore[arg-type]
 
     def save() -> None:
         for path, write in ((arguments.json, results.save), (arguments.csv, results.save_csv)):

@@ -15,6 +15,7 @@ from torch import Tensor
 from .inputs import Head, Logits
 from .machine import free_memory, threads
 from .memory import is_exhausted, peak
+from .options import Given, option_errors
 from .oracle import TOLERANCE, is_right, loss_errors, step_errors
 from .peers import Entrant, Peer
 from .refusal import one_line
@@ -42,13 +43,14 @@ class Kind:
 
     inputs: Any
     enter: Callable[[Peer, Any], Entrant]
-    errors: Callable[[Any, list[Tensor], tuple[Tensor, ...]], dict[str, float]]
+    errors: Callable[[Peer, Any, list[Tensor], tuple[Tensor, ...]], dict[str, float]]
     has_ceilings: bool
 
 
 KINDS = {
-    "run": Kind(Logits, Peer.run, loss_errors, has_ceilings=True),
-    "train": Kind(Head, Peer.train, step_errors, has_ceilings=False),
+    "run": Kind(Logits, Peer.run, lambda peer, *found: loss_errors(*found), has_ceilings=True),
+    "train": Kind(Head, Peer.train, lambda peer, *found: step_errors(*found), has_ceilings=False),
+    "options": Kind(Given, Peer.run, option_errors, has_ceilings=True),
 }
 
 
@@ -170,7 +172,7 @@ def _enter(case: Case, kind: Kind, peer: Peer, inputs: Any, entry: Entry) -> Ent
     dtype = DTYPES[case.dtype]
     try:
         entrant = kind.enter(peer, inputs)
-        entry.errors = kind.errors(inputs, *entrant.result())
+        entry.errors = kind.errors(peer, inputs, *entrant.result())
         if not is_right(entry.errors, dtype):
             entry.status = "wrong"
             entry.message = f"an error of more than {TOLERANCE[dtype]:g} against the float64 oracle; not timed"

@@ -45,6 +45,13 @@ def _loss_error(losses: list[Tensor], expected: float) -> float:
     return torch.tensor([abs(loss.item() - expected) / scale for loss in losses]).max().item()
 
 
+def errors_of(losses: list[Tensor], gradient: Tensor, expected: float, expected_gradient: Tensor) -> dict[str, float]:
+    """Errors of a loss, computed in some ways, and of its gradient."""
+    norms = _Norms()
+    norms.add(gradient, expected_gradient)
+    return {"loss": _loss_error(losses, expected), "gradient": norms.relative()}
+
+
 def loss_errors(inputs: Logits, losses: list[Tensor], gradients: tuple[Tensor, ...]) -> dict[str, float]:
     """Errors of the mean loss of the first copy, computed in some ways, and of the gradient to the logits."""
     (gradient,) = gradients

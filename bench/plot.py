@@ -227,6 +227,7 @@ CHARTS: dict[str, dict[str, tuple[Callable[[Results, list[Case]], Figure], Calla
         "time": (step_time, lambda case: any(entry.seconds.get("step") for entry in case.entries)),
         "memory": (step_memory, lambda case: any("step" in entry.memory for entry in case.entries)),
     },
+    "options": {},
 }
 """Each kind's charts, and the cases that have something to show there."""
 
@@ -252,5 +253,5 @@ def draw(
                     chart(results, cases).savefig(path, dpi=150, metadata=metadata)  # type: ignore[arg-type]
                     written.append(path)
     if not written:
-        raise Refusal("there is nothing to draw: no case was measured")
+        raise Refusal("there is nothing to draw" + (": no case was measured" if CHARTS[results.kind] else ""))
     return written

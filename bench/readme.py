@@ -1,8 +1,8 @@
 """The README's figures, made from the result files in bench/results.
 
 A block of the README between `<!-- WHAT FILE -->` and `<!-- end -->` is written by what it names: `provenance`,
-`ratios` or `steps` of a result file, or one of its charts, such as `chart-speedup`; `operators` is of a file of
-bench.gpu_check.
+`ratios`, `steps` or `options` of a result file, or one of its charts, such as `chart-speedup`; `operators` is of a file
+of bench.gpu_check.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .operators import FIGURES, figures
+from .options import IN_TORCH
 from .refusal import Refusal
 from .report import bytes_text, time_text
 from .results import OURS, Case, Results, load
@@ -53,7 +54,7 @@ def _content(what: str, file: str, results: Results) -> str:
     if what.startswith(CHART):
         name = what.removeprefix(CHART)
         return f"![{name}]({file.removesuffix('.json')}-{name}.svg)"
-    writers = {"provenance": provenance, "ratios": ratios, "steps": steps}
+    writers = {"provenance": provenance, "ratios": ratios, "steps": steps, "options": options}
     if what not in writers:
         raise Refusal(f"the README asks for {what!r}; there are {', '.join(writers)} and charts")
     return writers[what](results)
@@ -115,6 +116,24 @@ def ratios(results: Results) -> str:
             row += [time_text(seconds) if seconds else "failed", f"{share:.0%}" if share else ""]
         rows.append(row + [_cell(case, peer) for peer in _peers(results)])
     return _table(header, rows, 2)
+
+
+def options(results: Results) -> str:
+    """How many times as long as without an option it takes with it, forward and both; then torch's operators for it."""
+    header = ["option"] + [f"{_label(case)} {case.dtype}" for case in results.cases]
+    rows = []
+    for name in results.peers():
+        if name.endswith(IN_TORCH):
+            continue
+        row = [name if name != OURS else "none"]
+        for case in results.cases:
+            cost, in_torch = (
+                ", ".join(_ratio(case.ratio(peer, operation, base)) for operation in ("forward", "both"))
+                for peer, base in ((name, OURS), (name + IN_TORCH, name))
+            )
+            row.append(f"{cost}; {in_torch}")
+        rows.append(row)
+    return _table(header, rows, 1)
 
 
 def operators(file: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def legend(results: Results) -> RenderableType:
     ]
     timed = {name for case in results.cases for entry in case.entries for name in entry.seconds}
     lines += [f"{name}: {what}" for name, what in OPERATIONS.items() if name in timed]
-    if results.kind == "run":
+    if results.kind != "train":
         lines += [
             f"GB/s: of the bytes that have to move, with N rows, V classes and s bytes a logit: {_formula('forward')}, "
             f"{_formula('both')}",

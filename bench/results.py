@@ -151,7 +151,7 @@ class Results:
         missing: peers that could not be imported, and how to install them
     """
 
-    kind: Literal["run", "train"]
+    kind: Literal["run", "train", "options"]
     provenance: dict[str, str | int | float | None | dict[str, str]]
     missing: dict[str, str] = Field(default_factory=dict)
     cases: list[Case] = Field(default_factory=list)

@@ -83,6 +83,24 @@ def test_train(tmp_path):
     }
 
 
+def test_options(tmp_path):
+    json = tmp_path / "results.json"
+    shapes = ["--shape", "8,10", "--shape", "37,5000", "--dtype", "bfloat16"]
+    ran = bench("options", *shapes, "--options", "softcap", "topk", "--seconds", 0, "--json", json)
+    assert ran.returncode == 0, ran.stderr
+    found = load(json)
+    assert [case.shape for case in found.cases] == [(8, 10), (37, 5000)]
+    names = [name + who for name in (OURS, "softcap", "topk") for who in ("", " in torch")]
+    for case in found.cases:
+        assert [entry.peer for entry in case.entries] == names
+        assert all(entry.status == "measured" for entry in case.entries)
+        assert all(case.ratio(name, operation) for name in names for operation in ("forward", "backward", "both"))
+    assert "softcap in torch" in ran.stdout
+    drawn = bench("plot", json, "--out", tmp_path)
+    assert drawn.returncode == 2
+    assert drawn.stderr == "cross-entropy-bench: there is nothing to draw\n"
+
+
 @pytest.fixture
 def interruptible():
     """Whoever runs the tests in the background may have had SIGINT ignored."""
@@ -125,6 +143,8 @@ def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch, ca
         (["run", "--json", "/dev/null/results.json"], "/dev/null"),
         (["train", "--model", "gpt9"], "unknown model 'gpt9'; there are gpt2, "),
         (["train", "--rows", "0"], "--rows 0"),
+        (["options", "--options", "hardcap"], "unknown option 'hardcap'; there are cross_entropy, z_loss, "),
+        (["options", "--shape", "2,3,4"], "logits of (rows, classes), not (2, 3, 4)"),
         (["plot", "/nowhere.json"], "/nowhere.json: No such file"),
         (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json: No such file"),
     ],

@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bench import machine, measure, operators, peers, timing
+from bench import machine, measure, operators, options, peers, timing
 from bench.inputs import Head, Logits
 from bench.memory import peak
+from bench.options import OPTIONS, Given, competitors, option_errors
 from bench.oracle import is_right, loss_errors, step_errors
 from bench.peers import PEERS, Peer, chosen, on_torch
 from bench.refusal import Refusal
@@ -59,6 +60,53 @@ def test_losses(name, dtype):
             timing.cpu_clock(operation, 3)
     assert all(map(torch.equal, inputs.copies, before))
     assert "both" in entrant.operations
+
+
+def reference_of(name, given, x):
+    """The loss of an option from the tests' own formulas."""
+    scale, cap, zeta = options.LOGIT_SCALE, options.SOFTCAP, options.Z_LOSS
+    of_rows = {"row_weight": given.row_weight}
+    losses = {
+        "z_loss": {"z_loss": zeta},
+        "softcap": {"softcap": cap},
+        "logit_scale": {"logit_scale": scale},
+        "row_weight": of_rows,
+        "divisor": {"divisor": given.divisor},
+        "valid_classes": {"valid_classes": given.valid_classes},
+        "all": of_rows
+        | {"z_loss": zeta, "softcap": cap, "logit_scale": scale, "divisor": given.divisor, "label_smoothing": 0.1}
+        | {"valid_classes": given.valid_classes},
+    }
+    match name:
+        case "log_prob" | "entropy" | "log_prob+entropy":
+            stats = reference.row_stats(x, given.target)
+            return sum(stats[output].mean() for output in name.split("+"))
+        case "distillation" | "reverse":
+            return reference.distillation_loss(x, given.teacher, reverse=name == "reverse")
+        case "topk":
+            q, indices = given.teacher.double().softmax(1).topk(min(options.PICKS, x.shape[1]), 1)
+            return reference.topk_distillation_loss(x, indices, q)
+    return reference.cross_entropy(x, given.target, **losses.get(name, {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, dtype):
+    given = Given.of(case((37, 301), dtype=dtype))
+    x = given.copies[0].double().requires_grad_()
+    expected = reference_of(name, given, x)
+    (expected_gradient,) = torch.autograd.grad(expected, x)
+    tolerance = 8 * torch.finfo(DTYPES[dtype]).eps
+    ours, in_torch = (peer for peer in competitors([name]) if peer.name.removesuffix(options.IN_TORCH) == name)
+    for peer in (ours, in_torch):
+        losses, (gradient,) = peer.run(given).result()
+        for loss in losses:
+            assert abs(loss.item() - expected.item()) <= tolerance * expected.abs().item()
+        torch.testing.assert_close(
+            gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance * float(expected_gradient.abs().max())
+        )
+        assert is_right(option_errors(peer, given, losses, (gradient,)), DTYPES[dtype])
+        assert not is_right(option_errors(peer, given, [2 * losses[0]], (gradient,)), DTYPES[dtype])
 
 
 @pytest.mark.parametrize("name", [OURS, INPLACE, "torch", "jax"])

@@ -312,6 +312,27 @@ def test_readme_table_of_the_operators(tmp_path):
     assert lines[-3:-1] == [f"| 8 | {classes} | {row}" for classes in (128, 256)]
 
 
+def test_readme_table_of_the_options(tmp_path):
+    seconds = {OURS: 1.0, OURS + " in torch": 3.0, "softcap": 1.5, "softcap in torch": 12.0}
+    found = results()
+    found.kind = "options"
+    found.cases = [
+        Case("cpu", (2, 10), dtype, 1, entries=[
+            Entry(name, seconds={"forward": [time], "both": [factor * time]}) for name, time in seconds.items()
+        ])
+        for dtype, factor in (("float32", 2), ("bfloat16", 1))
+    ]  # fmt: skip
+    found.cases[1].entries[3].seconds = {"forward": [1.2]}
+    (tmp_path / "bench/results").mkdir(parents=True)
+    found.save(tmp_path / "bench/results/options.json")
+    made = readme.render("<!-- options bench/results/options.json -->\n<!-- end -->", tmp_path).splitlines()
+    assert made[1] == "| option | (2, 10) float32 | (2, 10) bfloat16 |"
+    assert made[3:5] == [
+        "| none | 1, 1; 3, 3 | 1, 1; 3, 3 |",
+        "| softcap | 1.5, 1.5; 8, 8 | 1.5, 1.5; **0.8**, – |",
+    ]
+
+
 def test_readme_is_made_from_the_results():
     text = (ROOT / "README.md").read_text()
     assert readme.render(text, ROOT) == text, "run: make readme-figures"
