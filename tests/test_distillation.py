@@ -336,6 +336,21 @@ def test_topk_formulas(dtype, rest, divergence, reduction):
             check_topk(make_topk(shape, picks, ["temperature"], dtype, seed=f"{shape} {picks}", **kind))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_topk_of_any_probabilities(dtype):
+    """One pick is the only term of its row: nothing hides the error of its logarithm."""
+    # All sizes of the normal numbers, those around 1 and a subnormal one, which counts for 0, and 0.
+    tiny = torch.finfo(dtype).tiny
+    sizes = [torch.logspace(math.log10(tiny) + 1, 0, 400, dtype=dtype), torch.linspace(0.5, 2, 301).to(dtype)]
+    q = torch.cat([*sizes, torch.tensor([0.0, tiny / 8], dtype=dtype)])[:, None]
+    logits, indices = torch.zeros(len(q), 2, dtype=dtype), torch.zeros(len(q), 1, dtype=torch.long)
+    loss = topk_distillation_loss(logits, indices, q, reduction="none")
+    expected = reference.topk_distillation_loss(logits, indices, q, reduction="none")
+    around_0 = 4 * torch.finfo(dtype).eps * q.squeeze(1).double()  # ln q = −ln 2 leaves nothing
+    error = (loss.double() - expected).abs()
+    assert (error <= 4 * torch.finfo(dtype).eps * expected.abs() + around_0 + 100 * tiny).all()
+
+
 @pytest.mark.parametrize("rest", ["drop", "spread"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

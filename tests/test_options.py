@@ -276,6 +276,28 @@ def test_softcap_of_large_logits(dtype, large):
         check(arguments)
 
 
+# Where the tanh is near its argument, where it is not, and where it is 1, in one vector; powers of the first cap and the
+# last ones are beyond what a float32 can hold.
+@pytest.mark.parametrize("softcap", [1e-8, 1e-3, 0.5, 30.0, 900.0, 1e5, 1e10])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_softcap_near_and_far(dtype, softcap):
+    for shape, reduction in itertools.product([(40, 10), (5, 600), (3, 601, 7), (2, 17000)], ("none", "mean")):
+        arguments = make(shape, ["softcap"], dtype, reduction=reduction)
+        largest = 3 * min(softcap, 900)  # a larger one's rounding would be all that is left
+        logits = torch.linspace(-largest, largest, arguments["input"].numel(), dtype=torch.float64)
+        logits = logits[torch.randperm(len(logits))].reshape(shape).to(dtype)
+        check(arguments | {"input": logits, "softcap": softcap})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_capped_logit_does_not_depend_on_the_others(dtype):
+    near = torch.rand(64, 1000).to(dtype)
+    near[:, 500] = torch.linspace(1, 60, 64).to(dtype)  # the largest of each row
+    far = near.where(torch.arange(1000) % 9 != 0, -100)
+    maxima = [cross_entropy.row_stats(x, outputs=("maximum",), softcap=30.0)[0] for x in (near, far)]
+    assert torch.equal(*maxima)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(40, 10), (6, 300), (6, 10, 9), (3, 17000)], ids=str)
 def test_softcap_of_nan(shape, dtype):
