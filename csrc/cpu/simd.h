@@ -407,11 +407,20 @@ class Softcap<double> {
       const Doubles u = x[i] * scale_;
       const Doubles e = exp_minus<double>(2 * (u < 0 ? -u : u));
       const Doubles t = (1 - e) / (1 + e);
-      x[i] = cap_ * (u < 0 ? -t : t);
+      const Doubles square = u * u;
+      Doubles series = broadcast(kSeries[std::size(kSeries) - 1]);
+      CE_UNROLL for (int k = int(std::size(kSeries)) - 2; k >= 0; --k) {
+        series = series * square + kSeries[k];
+      }
+      x[i] = cap_ * (square < kSmall ? u * series : u < 0 ? -t : t);
     }
   }
 
  private:
+  // Of tanh(u) / u in powers of u², for what 1 − e would cancel.
+  static constexpr double kSmall = 0.01;
+  static constexpr double kSeries[] = {1,           -1.0 / 3,         2.0 / 15,          -17.0 / 315,
+                                       62.0 / 2835, -1382.0 / 155925, 21844.0 / 6081075, -929569.0 / 638512875};
   double scale_, cap_;
 };
 
