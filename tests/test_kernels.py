@@ -97,14 +97,14 @@ def run(directory, *groups, **environment):
 
 GROUPS = [
     *["tails", "layouts", "regimes", "sharing", "tables", "special", "many rows"],
-    *["options", "gradients", "stats", "teacher"],
+    *["options", "gradients", "stats", "teacher", "picks", "shards", "scale"],
 ]
 # Under ThreadSanitizer a launch takes twenty times as long: one dtype, and what differs in how threads share a row.
 RUNS = [
     *[("plain", group, {}) for group in [*GROUPS, "far"]],
-    *[("plain", group, {"CE_EMULATOR_ORDER": "random"}) for group in ("layouts", "special", "sharing")],
+    *[("plain", group, {"CE_EMULATOR_ORDER": "random"}) for group in ("layouts", "special", "sharing", "picks")],
     *[("address", group, {}) for group in GROUPS],
-    *[("thread", group, ONE_DTYPE) for group in ("tails", "layouts", "sharing", "special")],
+    *[("thread", group, ONE_DTYPE) for group in ("tails", "layouts", "sharing", "special", "picks", "scale")],
 ]
 
 
@@ -534,6 +534,76 @@ MISTAKES = {
         "../operands.h",
         "return row_value<A>(p, p.row_weight, row, 1) != 0;",
         "return row < p.rows;",
+    ),
+    "no order between the picks' numbers and their readers": (
+        "plain",
+        ["picks"],
+        "picks.cu",
+        "  __syncwarp();\n  bool is_repeated",
+        "  bool is_repeated",
+    ),
+    "no order between the coefficients of repeated picks and their readers": (
+        "plain",
+        ["picks"],
+        "picks.cu",
+        "  __syncwarp();\n  const LogitTransform",
+        "  const LogitTransform",
+    ),
+    "repeated picks merged where the first lane has one": (
+        "plain",
+        ["picks"],
+        "picks.cu",
+        "if (__any_sync(kAllLanes, is_repeated) && lane == 0) {",
+        "if (is_repeated && lane == 0) {",
+    ),
+    "classes of picks taken for neighbours": (
+        "plain",
+        ["picks"],
+        "picks.cu",
+        "logits[picks.index(j) * p.logits.class_stride]",
+        "logits[picks.index(j)]",
+    ),
+    "picks without the others' share": (
+        "plain",
+        ["picks"],
+        "picks.cu",
+        "background = picks.row.background;",
+        "background = 0;",
+    ),
+    "picks not gathered for the backward pass": (
+        "plain",
+        ["picks"],
+        "backward.cu",
+        "    gather_picks(p, stream);\n",
+        "",
+    ),
+    "a shard's own coefficients for those of all": (
+        "plain",
+        ["shards"],
+        "backward.cu",
+        "} else if (p.coefficients) {",
+        "} else if (p.coefficients && !kGeneral) {",
+    ),
+    "the shards' coefficients left out of the loss": (
+        "plain",
+        ["shards"],
+        "../shards.h",
+        "of_shard[2 * s.rows], of_shard[3 * s.rows]}",
+        "of_shard[2 * s.rows], 0}",
+    ),
+    "elements multiplied by 1": (
+        "plain",
+        ["scale"],
+        "scale.cu",
+        "  if (scalar == 1) {\n    return;\n  }\n",
+        "",
+    ),
+    "elements multiplied by every block": (
+        "plain",
+        ["scale"],
+        "scale.cu",
+        "  plan.blocks = gridDim.x;\n",
+        "",
     ),
 }
 
