@@ -52,9 +52,18 @@ DEFAULTS: CallOptions = {
     "loss_dtype": None,
 }
 
-# The results of the operator `stats`, and the bits by which those are asked for that are not always there.
-RESULTS = ("loss", "maximum", "sum", "logsumexp", "log_prob", "entropy", "argmax", "rank")
-BITS = {"log_prob": 1, "entropy": 2, "argmax": 4, "rank": 8}
+# Where an output is among the results of the operator `stats`, and the bits that ask for what is not always there.
+PLACES = {
+    "loss": 0,
+    "maximum": 1,
+    "logsumexp": 3,
+    "log_prob": 4,
+    "entropy": 5,
+    "argmax": 6,
+    "rank": 7,
+    "correct": 7,  # a rank of 0
+}
+BITS = {"log_prob": 1, "entropy": 2, "argmax": 4, "rank": 8, "correct": 8}
 STATS_ARGUMENTS = ("logit_scale_tensor", "z_loss", "softcap", "logit_scale", "valid_classes")
 OUTPUTS = ("loss", "logsumexp", "maximum", "log_prob", "entropy", "argmax", "correct", "rank")
 OF_THE_TARGET = ("loss", "log_prob", "correct", "rank")
@@ -202,14 +211,17 @@ class Call:
     def stats(
         self, names: tuple[str, ...], weight: Tensor | None, ignore_index: int, label_smoothing: float
     ) -> tuple[Tensor, ...]:
-        bits = sum(BITS.get(name, 0) for name in {"rank" if name == "correct" else name for name in names})
+        bits = 0
+        for name in names:
+            bits |= BITS.get(name, 0)
         if is_compiling():
             operands = self.input, self.target, weight, NONE, ignore_index, label_smoothing
             results = torch.ops.cross_entropy.stats(bits, *operands, True, **self.arguments)
         else:
             arguments = [self.arguments[name] for name in STATS_ARGUMENTS]
             results = _C.stats(bits, self.input, self.target, weight, ignore_index, label_smoothing, *arguments)
-        given = dict(zip(RESULTS, results, strict=True))
+        asked = [results[PLACES[name]] for name in names]
         if "correct" in names:
-            given["correct"] = given["rank"] == 0
-        return tuple(given[name].flatten() if self.is_flat else given[name] for name in names)
+            place = names.index("correct")
+            asked[place] = asked[place] == 0
+        return tuple([result.flatten() for result in asked] if self.is_flat else asked)

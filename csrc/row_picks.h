@@ -31,12 +31,21 @@ struct PickedRow {
   }
   PickedRow() = default;
 
+  // Whether a coefficient besides the background adds nothing to the linear terms: where it is 0, and for a class of
+  // logit −∞, to which the background has given a loss of ∞. For scalars and for SIMD vectors.
+  template <typename V>
+  CE_HOST_DEVICE static auto adds_nothing(V coefficient, V logit) {
+    return (coefficient == 0) | ((coefficient < 0) & (logit == -INFINITY));
+  }
+
   // Returns the pick's coefficient besides the background.
   CE_HOST_DEVICE T add(T q, T logit) {
     if (logit > state.exps.max) {
       state.raise(logit);
     }
-    if (q != background) {
+    if (adds_nothing(q - background, logit)) {
+      state.coefficients += q - background;
+    } else {
       state.add(q - background, logit);
     }
     return q - background;
@@ -46,7 +55,7 @@ struct PickedRow {
   // constant becomes a part of the linear terms, which the loss has with the other sign.
   template <typename S>
   CE_HOST_DEVICE RowState<S> complete(RowState<S> classes) const {
-    classes.linear *= S(background);
+    classes.linear = background == 0 ? S(0) : classes.linear * S(background);
     classes.coefficients *= S(background);
     RowState<S> result = classes.merge({{S(state.exps.max), 0}, S(state.linear), S(state.coefficients)});
     result.linear -= S(constant);

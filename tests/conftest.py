@@ -7,5 +7,5 @@ torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def _same_random_numbers():
     torch.manual_seed(0)

@@ -351,6 +351,19 @@ def test_topk_of_any_probabilities(dtype):
     assert (error <= 4 * torch.finfo(dtype).eps * expected.abs() + around_0 + 100 * tiny).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_topk_of_excluded_classes(dtype):
+    logits = torch.randn(4, 40).to(dtype)
+    logits[:, 20:] = -INF
+    # Nothing is left to spread; an excluded class has less than each of the others, or more.
+    for indices, q in (([0, 1], [0.5, 0.5]), ([0, 30], [0.5, 0.001]), ([0, 30], [0.1, 0.5])):
+        arguments = {"indices": torch.tensor([indices] * 4), "probabilities": torch.tensor([q] * 4), "rest": "spread"}
+        loss = topk_distillation_loss(logits, **arguments, reduction="none")
+        expected = reference.topk_distillation_loss(logits, **arguments, reduction="none")
+        assert expected.isfinite().eq(30 not in indices).all()
+        assert_close(loss, expected, accumulator(dtype))
+
+
 @pytest.mark.parametrize("rest", ["drop", "spread"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

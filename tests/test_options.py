@@ -109,11 +109,13 @@ def check(arguments, ways=None, passes=1):
     upstream = torch.randn(expected.shape).to(arguments.get("loss_dtype", logits.dtype))
     expected_grads = dict(zip(names, torch.autograd.grad(expected, leaves, upstream.double()), strict=True))
     expected = expected.detach()
-    # What differences are of: a probability and (weighted) 1, a row's loss and the mean; and the scale's sum is of both
-    # signs.
+    # What differences are of: a probability and (weighted) 1, a row's loss and the mean; the same of all rows, times
+    # the logits, for the scale.
     terms = {"input": float(upstream.abs().max()), "row_weight": float((upstream * expected).abs().max())}
     if "logit_scale" in names:
-        sum_of_terms = (expected_grads["input"] * logits).nan_to_num().abs().sum()
+        sum_of_terms = upstream.abs().max() * logits.nan_to_num().abs().max()
+        if arguments["reduction"] != "mean":
+            sum_of_terms = sum_of_terms * arguments["target"].numel()
         terms["logit_scale"] = float(sum_of_terms / arguments["logit_scale"].abs())
     for function, needed in ways or [
         (cross_entropy.cross_entropy, names),

@@ -35,7 +35,8 @@ void gather_picks(const Problem& p, int64_t row) {
   for (int64_t first = 0; first < p.picks; first += kLanes<A>) {
     const int count = lanes_at<A, true>(first, p.picks, 1);
     const Vec<A> a = first_lanes<A>(count) ? load(picks.coefficients + first, 1, count) - found.background : Vec<A>{};
-    linear += a == 0 ? Vec<A>{} : a * (load(picks.logits + first, 1, count) - reference);
+    const Vec<A> z = load(picks.logits + first, 1, count);
+    linear += PickedRow<A>::adds_nothing(a, z) ? Vec<A>{} : a * (z - reference);
     coefficients += a;
     store(picks.coefficients + first, 1, count, a);
   }
