@@ -115,7 +115,7 @@ def check(arguments, ways=None, passes=1):
     if "logit_scale" in names:
         sum_of_terms = upstream.abs().max() * logits.nan_to_num().abs().max()
         if arguments["reduction"] != "mean":
-            sum_of_terms = sum_of_terms * arguments["target"].numel()
+            sum_of_terms *= logits.numel() / logits.shape[arguments.get("class_dim", class_dim(logits.shape))]
         terms["logit_scale"] = float(sum_of_terms / arguments["logit_scale"].abs())
     for function, needed in ways or [
         (cross_entropy.cross_entropy, names),
