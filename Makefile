@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 SANITIZED := autograd cross_entropy distillation errors large_gradients options row_stats special_values
 OPERATORS := $(SANITIZED) torch_samples deferred_errors operators parallel compatibility
 SOURCES := setup.py pyproject.toml build_backend.py $(shell find csrc -type f)
@@ -15,7 +16,7 @@ demo: $(VENV)/built
 	$(RUN) -m examples
 
 test: $(VENV)/built
-	$(RUN) -m pytest
+	$(PYTEST)
 
 # Style and types; the tools are pinned, so that their taste does not change under the code.
 check: $(VENV)/built
@@ -31,13 +32,13 @@ RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so):$(shell $(CXX) -print-fil
 sanitize: $(VENV)/built
 	CROSS_ENTROPY_SANITIZE=address,undefined $(RUN) setup.py -q build --build-lib build/sanitized \
 		--build-temp build/sanitized-objects
-	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized:. $(RUN) -m pytest \
+	LD_PRELOAD=$(RUNTIMES) ASAN_OPTIONS=detect_leaks=0 PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized:. $(PYTEST) \
 		--capture=sys -k "not no_operator and not avx512" $(addprefix tests/test_,$(addsuffix .py,$(SANITIZED)))
 
 # The operator tests on the CUDA kernels, compiled for the CPU.
 emulate: $(VENV)/built
 	CROSS_ENTROPY_EMULATE=1 $(RUN) setup.py -q build --build-lib build/emulated --build-temp build/emulated-objects
-	PYTHONSAFEPATH=1 PYTHONPATH=build/emulated:. $(RUN) -m pytest $(addprefix tests/test_,$(addsuffix .py,$(OPERATORS)))
+	PYTHONSAFEPATH=1 PYTHONPATH=build/emulated:. $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,$(OPERATORS)))
 
 # On a machine with a GPU, in an environment that has a torch with CUDA: builds, runs all tests on the device, runs the
 # kernels under compute-sanitizer, measures, and writes bench/results/<GPU>.json.

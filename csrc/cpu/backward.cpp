@@ -87,11 +87,12 @@ struct Backward {
       for_each_picked_row<A>(p, [&](int64_t row) { kernels.gather_picks(p, row); });
     }
     const double shared = shared_coefficients();
+    WriteGradient<A>* const write_gradient = kernels.gradient(p, tiling.along);
     for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
       TileTargets<A> targets(p, tile);
       const TileGradient<A> gradient = gradient_of(tile, targets, shared);
       keep_reached(targets);
-      kernels.gradient(p, tiling.along, tile, targets, gradient, begin, end, {});
+      write_gradient(p, tile, targets, gradient, begin, end, {});
     });
     if (p.picks > 0) {
       picks();

@@ -70,7 +70,13 @@ class KeptExps {
 
 const TileDetails kNoDetails;
 
-template <typename Element>
+// Whether there is more to a call than what torch's loss of indices needs.
+bool asks_for_more(const Problem& p) {
+  return has_stats(p) || p.lse || p.linear || p.picks > 0;
+}
+
+// `kMore` is asks_for_more(): the others shall not pay for it with each row.
+template <typename Element, bool kMore>
 struct LossPass {
   using T = Element;
   using A = Acc<T>;
@@ -85,35 +91,39 @@ struct LossPass {
   const Tiling tiling;
   const Upstream<A> upstream;
   const bool has_details;
+  Accumulate<A>* const accumulate_classes;
+  WriteGradient<A>* const write_gradient_of_classes;
 
   explicit LossPass(const Problem& problem)
       : p(problem),
         kernels(tile_kernels<T>()),
         tiling(problem, kernels.lanes),
         upstream(problem),
-        has_details(has_stats(p)) {}
+        has_details(kMore && has_stats(p)),
+        accumulate_classes(kernels.accumulate(p, tiling.along)),
+        write_gradient_of_classes(kernels.gradient(p, tiling.along)) {}
 
   KeptExps<T> keep(int64_t tiles) const { return KeptExps<T>(p, tiling, kernels.lanes, tiles); }
 
   // A tile of ignored rows is read only for what does not depend on the targets.
-  bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || reads_ignored_rows(p); }
+  bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || (kMore && reads_ignored_rows(p)); }
 
   void accumulate(Tile tile, const TileTargets<A>& targets, int64_t piece, Exps<A> exps, Rows& rows) const {
     const int64_t begin = piece * kPiece, end = std::min(p.classes, begin + kPiece);
-    if (has_details && !rows.details) {
+    if (kMore && has_details && !rows.details) {
       rows.details.emplace();
-    } else if (has_details && piece == 0) {
+    } else if (kMore && has_details && piece == 0) {
       rows.details->clear(tile.rows);
     }
-    kernels.accumulate(p, tiling.along, tile, targets, begin, end, exps, rows.states,
-                       p.entropy ? rows.details->moments : nullptr);
-    if (p.log_prob || p.argmax || p.rank) {
+    accumulate_classes(p, tile, targets, begin, end, exps, rows.states,
+                       kMore && p.entropy ? rows.details->moments : nullptr);
+    if (kMore && has_details && (p.log_prob || p.argmax || p.rank)) {
       kernels.place(p, tiling.along, tile, targets, begin, end, rows.details->places, rows.details->target_logits);
     }
   }
 
   void merge(Rows& into, const Rows& more, int rows) const {
-    if (into.details && more.details) {
+    if (kMore && into.details && more.details) {
       into.details->merge(*more.details, into.states, more.states, rows);
     }
     for (int lane = 0; lane < rows; ++lane) {
@@ -124,7 +134,7 @@ struct LossPass {
   void write_gradient(Tile tile, const TileTargets<A>& targets, const Gradient& gradient, int64_t piece,
                       Exps<A> exps) const {
     const int64_t begin = piece * kPiece;
-    kernels.gradient(p, tiling.along, tile, targets, gradient, begin, std::min(p.classes, begin + kPiece), exps);
+    write_gradient_of_classes(p, tile, targets, gradient, begin, std::min(p.classes, begin + kPiece), exps);
   }
 
   void write_details(int lane, int64_t offset, bool kept, const RowState<double>& state, double log_sum,
@@ -147,7 +157,7 @@ struct LossPass {
 
   // Writes the rows' results and prepares their gradient.
   Gradient finish(Tile tile, const TileTargets<A>& targets, Rows& rows) const {
-    if (p.picks > 0) {
+    if (kMore && p.picks > 0) {
       complete(tile, targets, rows);
     }
     Gradient gradient(tile);
@@ -159,20 +169,20 @@ struct LossPass {
       write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss, log_sum) : 0);
       write_row<A>(p.max, offset, state.exps.max);
       write_row<A>(p.sum, offset, state.exps.sum);
-      if (p.linear) {
+      if (kMore && p.linear) {
         write_row<A>(p.linear, offset, state.linear);
         write_row<A>(p.coefficients, offset, state.coefficients);
       }
-      if (p.lse) {
+      if (kMore && p.lse) {
         write_row<A>(p.lse, offset, state.exps.lse(log_sum));
       }
-      if (has_details) {
+      if (kMore && has_details) {
         write_details(lane, offset, targets.kept[lane], state, log_sum, rows.details ? *rows.details : kNoDetails);
       }
       if (p.grad.data) {
         const MaxSum<A> exps{A(state.exps.max), A(state.exps.sum)};
         RowGradient<A> of_row = make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), {upstream.of(row)});
-        if (p.picks > 0 && targets.kept[lane]) {
+        if (kMore && p.picks > 0 && targets.kept[lane]) {
           of_row = Picks<A>(p, row).row.gradient_of_others(of_row);
         }
         gradient.set(lane, of_row);
@@ -190,12 +200,11 @@ void forward(const Problem& p) {
     return;
   }
   dispatch(p.dtype, [&](auto element) {
-    using A = Acc<decltype(element)>;
-    const LossPass<decltype(element)> pass(p);
+    using T = decltype(element);
     if (p.picks > 0) {
-      for_each_picked_row<A>(p, [&](int64_t row) { pass.kernels.gather_picks(p, row); });
+      for_each_picked_row<Acc<T>>(p, [&](int64_t row) { tile_kernels<T>().gather_picks(p, row); });
     }
-    run_forward(pass);
+    asks_for_more(p) ? run_forward(LossPass<T, true>(p)) : run_forward(LossPass<T, false>(p));
     if (p.picks > 0 && p.grad.data) {
       write_picks(p);
     }

@@ -155,21 +155,27 @@ class Upstream {
   A of_all_;
 };
 
+// Merges into states[lane], and moments[lane] if entropies are asked for, what the classes [begin, end) add to the
+// state of each row. Fills `exps` if it is not null.
+template <typename A>
+using Accumulate = void(const Problem&, Tile, const TileTargets<A>&, int64_t begin, int64_t end, Exps<A> exps,
+                        RowState<double>* states, Moment<double>* moments);
+// Writes the gradient of the logits, from `exps` if it is not null.
+template <typename A>
+using WriteGradient = void(const Problem&, Tile, const TileTargets<A>&, const TileGradient<A>&, int64_t begin,
+                           int64_t end, Exps<A> exps);
+
 // The kernels over the classes [begin, end) of a tile, for one element type and the running processor.
 template <typename T>
 struct TileKernels {
   using A = Acc<T>;
   int lanes;  // of a vector
-  // Merges into states[lane], and moments[lane] if it is not null, what the classes add to the state of each row. Fills
-  // `exps` if it is not null.
-  void (*accumulate)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end, Exps<A> exps,
-                     RowState<double>* states, Moment<double>* moments);
-  // The same for what is asked of places and of the target's logit, as the formula has it.
+  // Those for all tiles of a problem.
+  Accumulate<A>* (*accumulate)(const Problem&, bool along);
+  WriteGradient<A>* (*gradient)(const Problem&, bool along);
+  // Merges what is asked of places and of the target's logit, as the formula has it.
   void (*place)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end,
                 RowPlace<double>* places, double* logits_of_targets);
-  // The gradient of the logits, from `exps` if it is not null.
-  void (*gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileGradient<A>&, int64_t begin,
-                   int64_t end, Exps<A> exps);
   // The sum of each row's coefficients, without a look at the logits.
   void (*sum_coefficients)(const Problem&, bool along, Tile, double* sums);
   // upstream · (1 − ε) · w_c · (lse − z_c), the gradient of the probabilities. `scale` holds ln Σ exp(z − max).

@@ -461,23 +461,24 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   }
 }
 
-// Calls f with what a kernel is to be compiled for. One that has to do with entropy takes any logits for transformed.
+// f of what a kernel is to be compiled for. One that has to do with entropy takes any logits for transformed.
 template <typename F>
-void pick(const Problem& p, bool along, bool entropy, F&& f) {
+auto pick(const Problem& p, bool along, bool entropy, F&& f) {
   constexpr std::true_type kYes;
   constexpr std::false_type kNo;
   const auto pick_transform = [&](auto a, auto linear) {
-    entropy ? f(a, linear, kYes, kYes) : transforms(p) ? f(a, linear, kYes, kNo) : f(a, linear, kNo, kNo);
+    return entropy ? f(a, linear, kYes, kYes) : transforms(p) ? f(a, linear, kYes, kNo) : f(a, linear, kNo, kNo);
   };
-  const auto pick_linear = [&](auto a) { has_coefficients(p) ? pick_transform(a, kYes) : pick_transform(a, kNo); };
-  along ? pick_linear(kYes) : pick_linear(kNo);
+  const auto pick_linear = [&](auto a) {
+    return has_coefficients(p) ? pick_transform(a, kYes) : pick_transform(a, kNo);
+  };
+  return along ? pick_linear(kYes) : pick_linear(kNo);
 }
 
 template <typename T>
-void accumulate(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
-                Exps<Acc<T>> exps, RowState<double>* states, Moment<double>* moments) {
-  pick(p, along, moments, [&](auto a, auto linear, auto transformed, auto moment) {
-    accumulate_classes<T, a, linear, transformed, moment>(p, tile, targets, begin, end, exps, states, moments);
+Accumulate<Acc<T>>* accumulate(const Problem& p, bool along) {
+  return pick(p, along, p.entropy, [](auto a, auto linear, auto transformed, auto moment) {
+    return &accumulate_classes<T, a, linear, transformed, moment>;
   });
 }
 
@@ -555,9 +556,22 @@ CE_INLINE Vec<A> spread(const A (&rows)[kMaxLanes]) {
   return kAlong ? broadcast(rows[0]) : load(rows);
 }
 
+// The gradient of one row that has none.
+template <typename T>
+void clear_classes(const Problem& p, Tile tile, int64_t begin, int64_t end) {
+  Columns<Acc<T>, true> columns;
+  const TileView<T, true> grad(p, p.grad, tile, columns);
+  for (int64_t c = begin; c < end; c += kLanes<Acc<T>>) {
+    grad.set(c, lanes_at<Acc<T>, true>(c, end, 1), Vec<Acc<T>>{});
+  }
+}
+
 template <typename T, bool kAlong, bool kLinear, bool kTransformed, bool kTilted>
 void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, const TileGradient<Acc<T>>& rows,
                       int64_t begin, int64_t end, Exps<Acc<T>> kept_exps) {
+  if (kAlong && !targets.kept[0]) {
+    return clear_classes<T>(p, tile, begin, end);
+  }
   using A = Acc<T>;
   using Row = RowGradient<A>;
   constexpr int kStep = kClassStep<A, kAlong>;
@@ -686,25 +700,10 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   }
 }
 
-// The gradient of one row that has none.
 template <typename T>
-void clear_classes(const Problem& p, Tile tile, int64_t begin, int64_t end) {
-  Columns<Acc<T>, true> columns;
-  const TileView<T, true> grad(p, p.grad, tile, columns);
-  for (int64_t c = begin; c < end; c += kLanes<Acc<T>>) {
-    grad.set(c, lanes_at<Acc<T>, true>(c, end, 1), Vec<Acc<T>>{});
-  }
-}
-
-template <typename T>
-void gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets,
-              const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end, Exps<Acc<T>> exps) {
-  if (along && !targets.kept[0]) {
-    clear_classes<T>(p, tile, begin, end);
-    return;
-  }
-  pick(p, along, p.grad_entropy.data, [&](auto a, auto linear, auto transformed, auto tilted) {
-    gradient_classes<T, a, linear, transformed, tilted>(p, tile, targets, rows, begin, end, exps);
+WriteGradient<Acc<T>>* gradient(const Problem& p, bool along) {
+  return pick(p, along, p.grad_entropy.data, [](auto a, auto linear, auto transformed, auto tilted) {
+    return &gradient_classes<T, a, linear, transformed, tilted>;
   });
 }
 
@@ -847,8 +846,8 @@ namespace ce::cpu::CE_ISA {
 
 template <typename T>
 constexpr TileKernels<T> kTileKernels = {
-    kLanes<Acc<T>>,     accumulate<T>,           place<T>, gradient<T>, sum_coefficients<T>,    target_gradient<T>,
-    weight_gradient<T>, logit_scale_gradient<T>, scale<T>, diverge<T>,  divergence_gradient<T>, gather_picks<T>,
+    kLanes<Acc<T>>,     accumulate<T>,           gradient<T>, place<T>,   sum_coefficients<T>,    target_gradient<T>,
+    weight_gradient<T>, logit_scale_gradient<T>, scale<T>,    diverge<T>, divergence_gradient<T>, gather_picks<T>,
     write_picks<T>};
 
 }  // namespace ce::cpu::CE_ISA

@@ -2102,7 +2102,7 @@ const Group kGroups[] = {{"tails", run_tails},     {"layouts", run_layouts},    
 
 // Picks of one class all write to its place: first their numbers, of which any may stay, and then the same gradient.
 extern "C" const char* __tsan_default_suppressions() {
-  return "race_top:PickTag\nrace_top:from_accumulator\n";
+  return "race:write_rows\n";
 }
 
 int main(int argc, char** argv) {
