@@ -238,7 +238,7 @@ CE_INLINE Doubles scale_by_power2(Doubles x, Doubles n) {
 template <typename V>
 CE_INLINE V unfused(V product) {
 #if defined(__x86_64__)
-  asm("" : "+x"(product));
+  asm("" : "+v"(product));
 #elif defined(__aarch64__)
   asm("" : "+w"(product));
 #endif
@@ -365,28 +365,31 @@ class Softcap<float> {
  private:
   template <int kCount>
   CE_INLINE void apply_together(Floats* x) const {
-    Floats squares[kCount], ratios[kCount];
+    Floats squares[kCount], capped[kCount];
     Floats farthest = {};
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
       squares[i] = x[i] * x[i];
       farthest = max(farthest, squares[i]);
-      ratios[i] = squares[i] * of_squares_[kDegree] + of_squares_[kDegree - 1];
+      capped[i] = squares[i] * of_squares_[kDegree] + of_squares_[kDegree - 1];
     }
     CE_UNROLL for (int k = kDegree - 2; k >= 0; --k) {
       CE_UNROLL for (int i = 0; i < kCount; ++i) {
-        ratios[i] = ratios[i] * squares[i] + of_squares_[k];
+        capped[i] = capped[i] * squares[i] + of_squares_[k];
       }
     }
-    // What is far is as it would be among others that are far: equal logits have to stay equal.
+    // Equal logits stay equal, whatever others there are, and whatever they are used for.
+    CE_UNROLL for (int i = 0; i < kCount; ++i) {
+      capped[i] = unfused(x[i] * capped[i]);
+    }
     if (__builtin_expect(any_negative(bit_cast<Int32s>(limit_ - farthest)), 0)) {
       CE_UNROLL for (int i = 0; i < kCount; ++i) {
         const Floats u = max(broadcast(-kTanhLimit), min(broadcast(kTanhLimit), x[i] * scale_));
         const auto tanh = tanh_ratio(u);
-        x[i] = squares[i] > limit_ ? cap_ * divide(tanh.numerator, tanh.denominator) : x[i] * ratios[i];
+        x[i] = squares[i] > limit_ ? unfused(cap_ * divide(tanh.numerator, tanh.denominator)) : capped[i];
       }
     } else {
       CE_UNROLL for (int i = 0; i < kCount; ++i) {
-        x[i] *= ratios[i];
+        x[i] = capped[i];
       }
     }
   }

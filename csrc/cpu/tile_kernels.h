@@ -131,8 +131,7 @@ struct Transformed : LogitTransform<A> {
   explicit Transformed(LogitTransform<A> transform)
       : LogitTransform<A>(transform), softcap(transform.before_tanh(), transform.cap) {}
 };
-// An exponential that is kept for the gradient of z, so that it is one for that of the given logits: times the slope,
-// but for the factor that makes up for its unit.
+// What is kept of an exponential for the gradient: it has the transform's slope in it, in units of unit_of_kept().
 template <typename A>
 CE_INLINE Vec<A> kept_exp(const AsGiven<A>&, Vec<A> e, Vec<A>) {
   return e;
