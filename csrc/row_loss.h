@@ -128,8 +128,10 @@ struct RowState {
   }
 
  private:
+  // Linear terms of logits −∞ alone are ∞ or none, whatever they are relative to.
   CE_HOST_DEVICE T relative_to(T top) const {
-    return coefficients == 0 || exps.max == top ? linear : linear + coefficients * (exps.max - top);
+    const bool is_same = coefficients == 0 || exps.max == top || exps.max == -INFINITY;
+    return is_same ? linear : linear + coefficients * (exps.max - top);
   }
 };
 
