@@ -486,6 +486,13 @@ MISTAKES = {
         "__shfl_xor_sync(kAllLanes, mine.rank, distance)",
         "0",
     ),
+    "kept row read again": (
+        "plain",
+        ["sharing"],
+        "forward.cu",
+        "kCopies || plan.kept > 0 ? write(kept) : write(FromMemory<Walk>{out});",
+        "write(FromMemory<Walk>{out});",
+    ),
     "one of two maxima grows": (
         "plain",
         ["teacher"],

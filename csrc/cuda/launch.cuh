@@ -60,6 +60,9 @@ CE_DEVICE void* shared_memory() {
 CE_DEVICE void wait_for_previous() {}
 CE_DEVICE void let_next_start() {}
 
+CE_DEVICE void note_read(const void* address, int bytes) {
+  emulator::note_read(address, bytes);
+}
 CE_DEVICE void copy_async(uint4* shared, const uint4* global) {
   __pipeline_memcpy_async(shared, global, sizeof(uint4));
 }
@@ -208,6 +211,9 @@ CE_DEVICE void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// For the emulator, which counts what is read.
+CE_DEVICE void note_read(const void*, int) {}
 
 // Copies that are under way while their thread goes on. Those that have been committed together arrive together.
 CE_DEVICE void copy_async(uint4* shared, const uint4* global) {

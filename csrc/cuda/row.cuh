@@ -18,6 +18,7 @@ struct alignas(sizeof(T) * kCount) Piece {
 template <typename T, int kSize>
 CE_DEVICE Piece<T, kSize> load(const T* address) {
   Piece<T, kSize> piece;
+  note_read(address, sizeof(piece));
   if constexpr (sizeof(piece) == sizeof(uint4)) {
     const uint4 bits = *reinterpret_cast<const uint4*>(address);
     memcpy(&piece, &bits, sizeof(piece));

@@ -213,6 +213,11 @@ struct Launch {
 };
 
 __thread Launch* launch_ = nullptr;
+struct Counted {
+  const void *begin, *end;
+  size_t bytes;
+};
+__thread Counted counted_ = {};
 __thread Thread* self_ = nullptr;
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
@@ -601,7 +606,18 @@ void check_vector_access(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes) fail("misaligned access of %zu bytes at %p", bytes, address);
 }
 
+void count_reads_of(const void* begin, const void* end) {
+  counted_ = {begin, end, 0};
+}
+size_t counted_bytes() {
+  return counted_.bytes;
+}
+void note_read(const void* address, size_t bytes) {
+  if (address >= counted_.begin && address < counted_.end) counted_.bytes += bytes;
+}
+
 void begin_copy(void* to, const void* from, size_t bytes) {
+  note_read(from, bytes);
   Thread& self = self_in("__pipeline_memcpy_async");
   if (bytes != 4 && bytes != 8 && bytes != 16) fail("__pipeline_memcpy_async of %zu bytes", bytes);
   check_vector_access(to, bytes);

@@ -93,6 +93,11 @@ void begin_copy(void* to, const void* from, size_t bytes);
 // Takes the oldest copy that is not of the last `pending` groups, if there is one.
 bool end_copy(size_t pending, Copy& copy);
 
+// Of the memory [begin, end), how many bytes kernels have said that they read since.
+void count_reads_of(const void* begin, const void* end);
+size_t counted_bytes();
+void note_read(const void* address, size_t bytes);
+
 void check_atomic(const void* address, size_t bytes);
 
 // The address of an atomic operation. The operations themselves are relaxed, as CUDA's are.

@@ -1078,6 +1078,23 @@ void run_other_gradients(const Run& run, Problem p, const Oracle& oracle, const 
   }
 }
 
+// The logits cross memory once, whatever is asked of them: `times` is 2 where a gradient does not fit beside them. What
+// is around a row's vectors may be read again, for its gradient and by each of its blocks, and an ignored row may have
+// been read before that shows.
+void count_reads(const Inputs& in) {
+  const Array& logits = in.logits.array;
+  emulator::count_reads_of(logits.data, logits.data + logits.count * Array::size_of(logits.dtype));
+}
+void expect_reads(const Run& run, const Inputs& in, const cuda::Plan& plan, int times) {
+  const Case& c = run.c;
+  const int64_t rows = std::count(in.kept.begin(), in.kept.end(), true);
+  const int64_t size = Array::size_of(c.dtype), reads = emulator::counted_bytes() / size;
+  const int64_t around = 2 * (16 / size - 1) * (plan.blocks + 1);
+  if (reads < times * rows * c.classes || reads > c.rows() * (times * c.classes + around)) {
+    run.expect(double(reads), double(times * rows * c.classes), 0, 0, "reads of logits");
+  }
+}
+
 using ChangePlan = std::function<void(cuda::Plan&)>;
 
 // Runs one pass. `change` makes another plan from what the tables would choose.
@@ -1099,8 +1116,12 @@ void run_pass(const Run& run, Inputs& in, const Oracle& oracle, const ChangePlan
   } else if (run.pass == Pass::kInplace) {
     in.logits.describe(p.grad);
   }
-  cuda::forward(p, changed(cuda::plan_forward(p, cuda::current_device())), nullptr);
+  const cuda::Plan plan = changed(cuda::plan_forward(p, cuda::current_device()));
+  const bool reads_again = p.grad.data && (plan.kept == 0 || cuda::has_gradient_pass(p, plan));
+  count_reads(in);
+  cuda::forward(p, plan, nullptr);
   compare_rows(run, results, oracle, in, p);
+  expect_reads(run, in, plan, reads_again ? 2 : 1);
   if (run.pass == Pass::kForward) {
     return;
   }
@@ -1109,7 +1130,10 @@ void run_pass(const Run& run, Inputs& in, const Oracle& oracle, const ChangePlan
     upstream.describe(p, c);
     grad.describe(p.grad);
     results.describe_memory(p, c, /*grad=*/false);
-    cuda::backward(p, changed(cuda::plan_backward(p, cuda::current_device())), nullptr);
+    count_reads(in);
+    const cuda::Plan backward_plan = changed(cuda::plan_backward(p, cuda::current_device()));
+    cuda::backward(p, backward_plan, nullptr);
+    expect_reads(run, in, backward_plan, 1);
   }
   compare_gradient(run, run.pass == Pass::kInplace ? in.logits : grad, oracle.of_logits(upstream), "the gradient");
   // These choose their plan themselves.
