@@ -383,15 +383,19 @@ class Softcap<float> {
     }
     if (__builtin_expect(any_negative(bit_cast<Int32s>(limit_ - farthest)), 0)) {
       CE_UNROLL for (int i = 0; i < kCount; ++i) {
-        const Floats u = max(broadcast(-kTanhLimit), min(broadcast(kTanhLimit), x[i] * scale_));
-        const auto tanh = tanh_ratio(u);
-        x[i] = squares[i] > limit_ ? unfused(cap_ * divide(tanh.numerator, tanh.denominator)) : capped[i];
+        x[i] = squares[i] > limit_ ? cap_far(x[i]) : capped[i];
       }
     } else {
       CE_UNROLL for (int i = 0; i < kCount; ++i) {
         x[i] = capped[i];
       }
     }
+  }
+
+  __attribute__((noinline)) Floats cap_far(Floats x) const {
+    const Floats u = max(broadcast(-kTanhLimit), min(broadcast(kTanhLimit), x * scale_));
+    const auto tanh = tanh_ratio(u);
+    return cap_ * divide(tanh.numerator, tanh.denominator);
   }
 
   static constexpr int kDegree = std::size(kTanhOverArgument) - 1;
@@ -407,19 +411,22 @@ class Softcap<double> {
   template <int kCount>
   CE_INLINE void apply(Doubles (&x)[kCount]) const {
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
-      const Doubles u = x[i] * scale_;
-      const Doubles e = exp_minus<double>(2 * (u < 0 ? -u : u));
-      const Doubles t = (1 - e) / (1 + e);
-      const Doubles square = u * u;
-      Doubles series = broadcast(kSeries[std::size(kSeries) - 1]);
-      CE_UNROLL for (int k = int(std::size(kSeries)) - 2; k >= 0; --k) {
-        series = series * square + kSeries[k];
-      }
-      x[i] = cap_ * (square < kSmall ? u * series : u < 0 ? -t : t);
+      x[i] = capped(x[i]);
     }
   }
 
  private:
+  __attribute__((noinline)) Doubles capped(Doubles x) const {
+    const Doubles u = x * scale_, square = u * u;
+    const Doubles e = exp_minus<double>(2 * (u < 0 ? -u : u));
+    const Doubles t = (1 - e) / (1 + e);
+    Doubles series = broadcast(kSeries[std::size(kSeries) - 1]);
+    for (int k = int(std::size(kSeries)) - 2; k >= 0; --k) {
+      series = series * square + kSeries[k];
+    }
+    return cap_ * (square < kSmall ? u * series : u < 0 ? -t : t);
+  }
+
   // Of tanh(u) / u in powers of u², for what 1 − e would cancel.
   static constexpr double kSmall = 0.01;
   static constexpr double kSeries[] = {1,           -1.0 / 3,         2.0 / 15,          -17.0 / 315,
