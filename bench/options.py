@@ -90,8 +90,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _loss(**options: Any) -> Callable[[Given], Loss]:
-    return lambda given: partial(cross_entropy.cross_entropy, **options)
+def _loss(*names: str, **options: Any) -> Callable[[Given], Loss]:
+    """With these options, and those of these names as they are given."""
+    return lambda given: partial(
+        cross_entropy.cross_entropy, **{name: getattr(given, name) for name in names}, **options
+    )
 
 
 def _of_logits(change: Callable[[Tensor, Given], Tensor]) -> Callable[[Given], Loss]:
@@ -125,19 +128,6 @@ def _of_int32(loss: Loss) -> Callable[[Given], Loss]:
 
 def _softcapped(x: Tensor, given: Given) -> Tensor:
     return SOFTCAP * torch.tanh(x / SOFTCAP)
-
-
-def _all_options(given: Given) -> Loss:
-    return partial(
-        cross_entropy.cross_entropy,
-        z_loss=Z_LOSS,
-        softcap=SOFTCAP,
-        logit_scale=LOGIT_SCALE,
-        row_weight=given.row_weight,
-        divisor=given.divisor,
-        valid_classes=given.valid_classes,
-        label_smoothing=0.1,
-    )
 
 
 def _all_options_in_torch(given: Given) -> Loss:
@@ -215,17 +205,17 @@ OPTIONS = {
     ),
     "row_weight": Option(
         "a weight for each row",
-        lambda given: partial(cross_entropy.cross_entropy, row_weight=given.row_weight),
+        _loss("row_weight"),
         _row_weight_in_torch,
     ),
     "divisor": Option(
         "a divisor that is a tensor",
-        lambda given: partial(cross_entropy.cross_entropy, divisor=given.divisor),
+        _loss("divisor"),
         lambda given: lambda logits, target: F.cross_entropy(_wide(logits), target, reduction="sum") / given.divisor,
     ),
     "valid_classes": Option(
         "a hundredth of the classes is padding",
-        lambda given: partial(cross_entropy.cross_entropy, valid_classes=given.valid_classes),
+        _loss("valid_classes"),
         _of_logits(lambda x, given: x[:, : given.valid_classes]),
     ),
     "empty": Option(
@@ -250,7 +240,13 @@ OPTIONS = {
     ),
     "all": Option(
         "z_loss, softcap, logit_scale, row_weight, divisor, valid_classes and label smoothing",
-        _all_options,
+        _loss(
+            *("row_weight", "divisor", "valid_classes"),
+            z_loss=Z_LOSS,
+            softcap=SOFTCAP,
+            logit_scale=LOGIT_SCALE,
+            label_smoothing=0.1,
+        ),
         _all_options_in_torch,
     ),
     "log_prob": Option("the target's log-probability", _outputs("log_prob"), _outputs_in_torch(_log_prob_of)),

@@ -90,7 +90,7 @@ struct LossPass {
   const TileKernels<T>& kernels;
   const Tiling tiling;
   const Upstream<A> upstream;
-  const bool has_details;
+  const bool has_details;  // only if kMore
   Accumulate<A>* const accumulate_classes;
   WriteGradient<A>* const write_gradient_of_classes;
 
@@ -99,7 +99,7 @@ struct LossPass {
         kernels(tile_kernels<T>()),
         tiling(problem, kernels.lanes),
         upstream(problem),
-        has_details(kMore && has_stats(p)),
+        has_details(has_stats(p)),
         accumulate_classes(kernels.accumulate(p, tiling.along)),
         write_gradient_of_classes(kernels.gradient(p, tiling.along)) {}
 
@@ -117,7 +117,7 @@ struct LossPass {
     }
     accumulate_classes(p, tile, targets, begin, end, exps, rows.states,
                        kMore && p.entropy ? rows.details->moments : nullptr);
-    if (kMore && has_details && (p.log_prob || p.argmax || p.rank)) {
+    if (kMore && (p.log_prob || p.argmax || p.rank)) {
       kernels.place(p, tiling.along, tile, targets, begin, end, rows.details->places, rows.details->target_logits);
     }
   }
@@ -165,7 +165,7 @@ struct LossPass {
       const int64_t row = tile.row + lane;
       const int64_t offset = row_offset(p, row, p.row_strides);
       const RowState<double>& state = rows.states[lane];
-      const double log_sum = state.exps.log_sum();
+      const double log_sum = kMore || targets.kept[lane] ? state.exps.log_sum() : 0;
       write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss, log_sum) : 0);
       write_row<A>(p.max, offset, state.exps.max);
       write_row<A>(p.sum, offset, state.exps.sum);
