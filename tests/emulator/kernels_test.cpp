@@ -1097,16 +1097,17 @@ void expect_reads(const Run& run, const Inputs& in, const cuda::Plan& plan, int 
 
 using ChangePlan = std::function<void(cuda::Plan&)>;
 
+cuda::Plan changed(cuda::Plan plan, const ChangePlan& change) {
+  if (change) {
+    change(plan);
+  }
+  return plan;
+}
+
 // Runs one pass. `change` makes another plan from what the tables would choose.
 void run_pass(const Run& run, Inputs& in, const Oracle& oracle, const ChangePlan& change) {
   ++cases;
   const Case& c = run.c;
-  const auto changed = [&](cuda::Plan plan) {
-    if (change) {
-      change(plan);
-    }
-    return plan;
-  };
   Results results(c);
   Plane grad(c, 2);
   Problem p = describe(c, in);
@@ -1116,7 +1117,7 @@ void run_pass(const Run& run, Inputs& in, const Oracle& oracle, const ChangePlan
   } else if (run.pass == Pass::kInplace) {
     in.logits.describe(p.grad);
   }
-  const cuda::Plan plan = changed(cuda::plan_forward(p, cuda::current_device()));
+  const cuda::Plan plan = changed(cuda::plan_forward(p, cuda::current_device()), change);
   const bool reads_again = p.grad.data && (plan.kept == 0 || cuda::has_gradient_pass(p, plan));
   count_reads(in);
   cuda::forward(p, plan, nullptr);
@@ -1131,7 +1132,7 @@ void run_pass(const Run& run, Inputs& in, const Oracle& oracle, const ChangePlan
     grad.describe(p.grad);
     results.describe_memory(p, c, /*grad=*/false);
     count_reads(in);
-    const cuda::Plan backward_plan = changed(cuda::plan_backward(p, cuda::current_device()));
+    const cuda::Plan backward_plan = changed(cuda::plan_backward(p, cuda::current_device()), change);
     cuda::backward(p, backward_plan, nullptr);
     expect_reads(run, in, backward_plan, 1);
   }
@@ -1906,12 +1907,6 @@ void run_sharded(const char* group, const Case& c, const ChangePlan& change = {}
   Inputs in(c);
   const Oracle oracle(c, in);
   const Run run{group, c, Pass::kBackward};
-  const auto changed = [&](cuda::Plan plan) {
-    if (change) {
-      change(plan);
-    }
-    return plan;
-  };
   Results results(c);
   const auto describe_shard = [&](Shard& shard) {
     Problem p = shard.describe(in);
@@ -1928,7 +1923,7 @@ void run_sharded(const char* group, const Case& c, const ChangePlan& change = {}
       *of_rows = state;
       state += c.rows() * Array::size_of(c.acc());
     }
-    cuda::forward(p, changed(cuda::plan_forward(p, cuda::current_device())), nullptr);
+    cuda::forward(p, changed(cuda::plan_forward(p, cuda::current_device()), change), nullptr);
   }
   const bool is_double = c.acc() == DType::kFloat64;
   cuda::merge_shards({is_double, c.rows(), c.shards, c.z_loss, states.data, results.loss.data, results.max.data,
@@ -1953,7 +1948,7 @@ void run_sharded(const char* group, const Case& c, const ChangePlan& change = {}
     upstream.describe(p, c);
     shard.grad.describe(p.grad);
     const Run of_shard{group, shard.c, run.pass};
-    cuda::backward(p, changed(cuda::plan_backward(p, cuda::current_device())), nullptr);
+    cuda::backward(p, changed(cuda::plan_backward(p, cuda::current_device()), change), nullptr);
     compare_gradient(of_shard, shard.grad, of_logits, "the gradient", shard.first);
     if (c.has_probabilities()) {
       cuda::target_backward(p, nullptr);
