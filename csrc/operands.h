@@ -55,7 +55,8 @@ CE_HOST_DEVICE int64_t divide(int64_t n, const Divider& by) {
 }
 
 // The offset of a row in an operand. Rows are numbered along the grid, its last dimension fastest.
-CE_HOST_DEVICE int64_t row_offset(const Problem& p, int64_t row, const int64_t (&strides)[kMaxDims]) {
+template <typename P>
+CE_HOST_DEVICE int64_t row_offset(const P& p, int64_t row, const int64_t (&strides)[kMaxDims]) {
   if (p.dims <= 1) {
     return row * strides[0];
   }
@@ -75,7 +76,8 @@ CE_HOST_DEVICE int64_t row_offset(const Problem& p, int64_t row, const int64_t (
   return offset + row * strides[0];
 }
 
-CE_HOST_DEVICE int64_t read_index(const Problem& p, int64_t offset) {
+template <typename P>
+CE_HOST_DEVICE int64_t read_index(const P& p, int64_t offset) {
   switch (p.target_type) {
     case TargetType::kInt32:
       return static_cast<const int32_t*>(p.target.data)[offset];
@@ -86,20 +88,24 @@ CE_HOST_DEVICE int64_t read_index(const Problem& p, int64_t offset) {
   }
 }
 
-CE_HOST_DEVICE int64_t read_target(const Problem& p, int64_t row) {
+template <typename P>
+CE_HOST_DEVICE int64_t read_target(const P& p, int64_t row) {
   return read_index(p, row_offset(p, row, p.target.strides));
 }
 
-CE_HOST_DEVICE int64_t all_classes(const Problem& p) {
+template <typename P>
+CE_HOST_DEVICE int64_t all_classes(const P& p) {
   return p.all_classes > 0 ? p.all_classes : p.classes;
 }
 
-CE_HOST_DEVICE bool is_out_of_bounds(const Problem& p, int64_t target) {
+template <typename P>
+CE_HOST_DEVICE bool is_out_of_bounds(const P& p, int64_t target) {
   return target < 0 || target >= all_classes(p);
 }
 
 // Which of the problem's classes a target within bounds names; −1: another shard's.
-CE_HOST_DEVICE int64_t own_class(const Problem& p, int64_t target) {
+template <typename P>
+CE_HOST_DEVICE int64_t own_class(const P& p, int64_t target) {
   const int64_t c = target - p.first_class;
   return c >= 0 && c < p.classes ? c : -1;
 }
@@ -135,9 +141,16 @@ CE_HOST_DEVICE LogitTransform<A> teacher_transform_of(const Problem& p) {
 }
 
 // A row's value of an operand of shape (rows) in the accumulator's type, or `otherwise` where there is none.
-template <typename A>
-CE_HOST_DEVICE A row_value(const Problem& p, const Input& operand, int64_t row, A otherwise) {
+template <typename A, typename P>
+CE_HOST_DEVICE A row_value(const P& p, const Input& operand, int64_t row, A otherwise) {
   return operand.data ? static_cast<const A*>(operand.data)[row_offset(p, row, operand.strides)] : otherwise;
+}
+
+// An operand that is known not to be there.
+struct Absent {};
+template <typename A, typename P>
+CE_HOST_DEVICE A row_value(const P&, Absent, int64_t, A otherwise) {
+  return otherwise;
 }
 
 // Whether a row with a teacher or picks is read: one without weight has no loss, whatever its logits are.
@@ -180,7 +193,8 @@ CE_HOST_DEVICE A order_of_logits(const Problem& p) {
 }
 
 // Whether targets are indices of classes, one of each row.
-CE_HOST_DEVICE bool has_indices(const Problem& p) {
+template <typename P>
+CE_HOST_DEVICE bool has_indices(const P& p) {
   return p.target_type < TargetType::kProbabilities && p.picks == 0;
 }
 

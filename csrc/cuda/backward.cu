@@ -56,6 +56,7 @@ CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int
 template <typename Walk, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<typename Walk::Element, 2 * kGeneral>)
     logits_gradient(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
+  wait_for_previous();
   using T = typename Walk::Element;
   using A = Acc<T>;
   const LogitTransform<A> transform = transform_of<A>(p);
@@ -229,12 +230,13 @@ void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
   dispatch_walk(p, [&](auto* type) {
     using Walk = std::remove_pointer_t<decltype(type)>;
     Grid grid{blocks_for(p, plan), plan.threads};
+    grid.early = true;
     if (is_general_backward(p)) {
       grid.shared = shared_states<Walk>(plan) * sizeof(RowState<Acc<typename Walk::Element>>);
       launch(logits_gradient<Walk, true>, grid, stream, p, plan);
-    } else {
-      launch(logits_gradient<Walk, false>, grid, stream, p, plan);
+      return;
     }
+    launch(logits_gradient<Walk, false>, grid, stream, p, plan);
   });
 }
 

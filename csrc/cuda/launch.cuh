@@ -22,9 +22,12 @@
 #define CE_DEVICE __device__ __forceinline__
 #ifdef CE_EMULATE
 #define CE_UNROLL
+#define CE_UNROLL_BY(n)
 #define CE_NO_UNROLL
 #else
 #define CE_UNROLL _Pragma("unroll")
+#define CE_PRAGMA(text) _Pragma(#text)
+#define CE_UNROLL_BY(n) CE_PRAGMA(unroll n)
 #define CE_NO_UNROLL _Pragma("unroll 1")
 #endif
 
@@ -308,6 +311,10 @@ CE_DEVICE void larger_pair(const BFloat16* a, const BFloat16* b, BFloat16* resul
 }
 
 #endif
+
+CE_DEVICE double divide_approx(double n, double d) {
+  return n / d;
+}
 
 CE_DEVICE float to_accumulator(float x) {
   return x;

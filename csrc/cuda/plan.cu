@@ -13,14 +13,18 @@ namespace {
 
 // How many threads take part in a row.
 struct Sharing {
-  int64_t pieces;    // that a thread should have of it: what a row costs besides is then little
-  int64_t warp_row;  // rows up to this many pieces take a warp or less, longer ones a whole block
+  int64_t pieces;        // that a thread of a warp should have of it: what a row costs besides is then little
+  int64_t warp_row;      // rows up to this many pieces take a warp or less, longer ones a whole block,
+  int small_block;       // of at least so many threads,
+  int64_t block_pieces;  // each of which should have so many pieces
 };
-constexpr Sharing kForward{128, 2048};
-constexpr Sharing kForwardGrad{16, 512};
-constexpr Sharing kBackward{8, 512};
 constexpr int kSmallBlock = 128;
+constexpr Sharing kForward{128, 2048, kSmallBlock, 8};
+constexpr Sharing kForwardGrad{16, 1024, kSmallBlock, 16};
+constexpr Sharing kBackward{8, 256, 64, 8};
 constexpr int kFewLanes = 4;
+// Rows of up to so many pieces are read before it is known whether they are ignored.
+constexpr int64_t kShortRow = 512;
 // Where there are fewer threads than this for each multiprocessor, more take part in a row,
 constexpr int64_t kBusy = 512;
 // as long as each has this many pieces.
@@ -28,6 +32,16 @@ constexpr int64_t kFewPieces = 4;
 // Bytes of a row that a block keeps at most if it can share the row with others: two such blocks fit a multiprocessor,
 // so that one reads while the other writes.
 constexpr int64_t kBlockKeeps = 112 << 10;
+// The same of all rows of a block that has several.
+constexpr int64_t kRowsKeep = 72 << 10;
+// Larger clusters leave many multiprocessors idle.
+constexpr int kLargeCluster = 8;
+// Bytes of shared memory that a block takes besides.
+constexpr int64_t kBesides = 2 << 10;
+// Rows that need not be kept are shared by blocks until a thread has at most so many pieces.
+constexpr int64_t kMostPieces = 16;
+// Threads of a multiprocessor that run at a time in the backward pass.
+constexpr int64_t kResident = 1024;
 // A row that has a multiprocessor to itself is shared as long as each thread has at least so many pieces.
 constexpr int64_t kWorthSharing = 8;
 
@@ -67,9 +81,10 @@ Plan plan_threads(const Problem& p, const Device& device, const Sharing& sharing
     while (plan.lanes < kWarp && is_idle() && pieces >= 2 * plan.lanes * kFewPieces) {
       plan.lanes *= 2;
     }
-    if (pieces > sharing.warp_row || (pieces >= kSmallBlock * kFewPieces / 2 && is_idle())) {
-      plan.threads =
-          static_cast<int>(std::clamp<int64_t>(power_of_two(pieces / kFewPieces / 2), kSmallBlock, kMaxThreads));
+    const int64_t idle_pieces = 2 * kFewPieces;
+    if (pieces > sharing.warp_row || (pieces >= kWarp * idle_pieces && is_idle())) {
+      const int64_t threads = power_of_two(pieces / (is_idle() ? idle_pieces : sharing.block_pieces));
+      plan.threads = static_cast<int>(std::clamp<int64_t>(threads, sharing.small_block, kMaxThreads));
       plan.lanes = plan.threads;
     }
   } else if (std::abs(p.logits.class_stride) < std::abs(p.logits.strides[p.dims - 1])) {
@@ -99,10 +114,26 @@ Plan plan_forward(const Problem& p, const Device& device) {
   const int64_t pieces = pieces_of(p);
   const int64_t bytes = p.classes * size_of(p.dtype);
   const bool whole_block = along && plan.lanes == plan.threads;
-  while (p.grad.data && whole_block && plan.blocks < device.max_cluster && bytes / plan.blocks > kBlockKeeps) {
-    plan.blocks *= 2;
+  if (p.grad.data && whole_block) {
+    while (plan.blocks < device.max_cluster && bytes / plan.blocks > kBlockKeeps) {
+      plan.blocks *= 2;
+    }
+    // Smaller blocks where so many of these fit a multiprocessor that much of its memory has no use.
+    const int64_t memory = device.shared_memory, part = bytes / plan.blocks + kBesides;
+    const bool wastes = part < memory && memory / part * part < memory / 4 * 3;
+    const bool may_grow = plan.blocks > 1 && 2 * plan.blocks <= std::min(kLargeCluster, device.max_cluster);
+    if (wastes && may_grow) {
+      plan.blocks *= 2;
+    }
+    if ((wastes && may_grow) || plan.blocks > kLargeCluster) {
+      plan.threads = plan.lanes = kSmallBlock;
+    }
+  } else if (p.grad.data && along) {
+    while (plan.threads > kSmallBlock && plan.rows() * bytes > kRowsKeep) {
+      plan.threads /= 2;
+    }
   }
-  plan.reads_all = pieces <= kForwardGrad.warp_row;
+  plan.reads_all = pieces <= kShortRow;
   plan.cluster = along && plan.blocks > 1 && plan.blocks <= device.max_cluster;
   if (p.grad.data && (plan.blocks == 1 || plan.cluster)) {
     const int64_t ranks = int64_t{plan.lanes} * plan.blocks;
@@ -124,7 +155,19 @@ bool has_gradient_pass(const Problem& p, const Plan& plan) {
 }
 
 Plan plan_backward(const Problem& p, const Device& device) {
-  return plan_threads(p, device, kBackward);
+  Plan plan = plan_threads(p, device, kBackward);
+  if (!walks_along(p) || is_general_backward(p)) {
+    return plan;
+  }
+  if (plan.lanes < plan.threads) {
+    plan.threads = kSmallBlock;
+    plan.tiles = device.multiprocessors * kResident / plan.threads;
+  } else {
+    while (pieces_of(p) > kMostPieces * plan.threads * plan.blocks) {
+      plan.blocks *= 2;
+    }
+  }
+  return plan;
 }
 
 }  // namespace ce::cuda

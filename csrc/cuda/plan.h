@@ -53,6 +53,9 @@ bool has_gradient_pass(const Problem&, const Plan&);
 void forward(const Problem&, const Plan&, Stream);
 void backward(const Problem&, const Plan&, Stream);
 
+// The forward pass of rows that keep their pieces for the gradient, of calls that are not general.
+void forward_grad(const Problem&, const Plan&, Stream);
+
 // The steps that they share. The divisor of the mean, where it is the kept rows' weight, and, with `losses`, `total`:
 void sum_rows(const Problem&, bool losses, Stream);
 // The same from what the tiles of a forward pass have summed up, if there is more than one.

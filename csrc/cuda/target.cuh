@@ -9,26 +9,28 @@ namespace ce::cuda {
 
 enum class Verdict { kKept, kIgnored, kOutOfBounds };
 
-CE_DEVICE Verdict judge(const Problem& p, int64_t target) {
+template <typename P>
+CE_DEVICE Verdict judge(const P& p, int64_t target) {
   return target == p.ignore_index      ? Verdict::kIgnored
          : is_out_of_bounds(p, target) ? Verdict::kOutOfBounds
                                        : Verdict::kKept;
 }
 
-template <typename A>
-CE_DEVICE A class_weight(const Problem& p, int64_t c) {
+template <typename A, typename P>
+CE_DEVICE A class_weight(const P& p, int64_t c) {
   return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
 }
 
 // The weight of a kept target's class, if it is the problem's own.
-template <typename A>
-CE_DEVICE A weight_of_target(const Problem& p, int64_t target) {
+template <typename A, typename P>
+CE_DEVICE A weight_of_target(const P& p, int64_t target) {
   const int64_t c = own_class(p, target);
   return c < 0 ? A(0) : class_weight<A>(p, c);
 }
 
 // A row's index as it is, 0 where there are none.
-CE_DEVICE int64_t index_of(const Problem& p, int64_t row) {
+template <typename P>
+CE_DEVICE int64_t index_of(const P& p, int64_t row) {
   return has_indices(p) ? read_target(p, row) : 0;
 }
 
@@ -40,7 +42,8 @@ struct RowTarget {
 
   RowTarget() = default;
   // `value` is what index_of() has read, `keep` that of the smoothing.
-  CE_DEVICE RowTarget(const Problem& p, int64_t value, A keep) : kept(true) {
+  template <typename P>
+  CE_DEVICE RowTarget(const P& p, int64_t value, A keep) : kept(true) {
     if (has_indices(p)) {
       const Verdict verdict = judge(p, value);
       kept = verdict != Verdict::kIgnored;
@@ -57,8 +60,8 @@ struct RowTarget {
 };
 
 // The same in a kernel that is `kGeneral`.
-template <bool kGeneral, typename A>
-CE_DEVICE RowTarget<A> target_of(const Problem& p, int64_t row, int64_t value) {
+template <bool kGeneral, typename A, typename P>
+CE_DEVICE RowTarget<A> target_of(const P& p, int64_t row, int64_t value) {
   RowTarget<A> target(p, value, kGeneral ? smoothing_of<A>(p).keep : A(1));
   if (kGeneral && p.picks > 0) {
     target.kept = counts<A>(p, row);
@@ -82,6 +85,37 @@ CE_DEVICE void unpack_logits(const Piece<T, kSize>& piece, const LogitTransform<
       z[i] = apply(transform, z[i]);
     }
   }
+}
+
+// A call that asks for the loss of int64 indices and for nothing besides, in rows that lie on one line. A kernel for it
+// knows so when it is compiled: it is much shorter, and there is less to fetch before the first logit is read.
+struct PlainProblem : Problem {
+  explicit PlainProblem(const Problem& p) : Problem(p) {}
+
+  static bool is(const Problem& p) {
+    return p.dims <= 1 && p.target_type == TargetType::kInt64 && p.logits.class_stride == 1 && !p.weight &&
+           !p.row_weight.data && p.all_classes == 0 && p.z_loss == 0 && !is_general(p);
+  }
+
+  // In place of what the problem has by these names.
+  static constexpr int dims = 1;
+  static constexpr TargetType target_type = TargetType::kInt64;
+  static constexpr int64_t picks = 0, first_class = 0, all_classes = 0;
+  static constexpr const void* weight = nullptr;
+  static constexpr Absent row_weight = {};
+  static constexpr double z_loss = 0;
+};
+
+// Calls f with a plain problem if it is one; of float64 there are no kernels for those.
+template <typename T, typename F>
+void dispatch_plain(const Problem& p, F&& f) {
+  if constexpr (sizeof(T) <= sizeof(float)) {
+    if (PlainProblem::is(p)) {
+      f(PlainProblem(p));
+      return;
+    }
+  }
+  f(p);
 }
 
 // Of backward kernels.
@@ -115,37 +149,40 @@ class Coefficients {
 
   template <typename Walk>
   CE_DEVICE Coefficients(const Problem& p, int64_t row, const Walk& walk)
-      : p_(p),
+      : weight_(static_cast<const A*>(p.weight)),
         smoothing_(smoothing_of<A>(p)),
-        probabilities_(p.target_type == TargetType::kProbabilities
-                           ? static_cast<const T*>(p.target.data) + row_offset(p, row, p.target.strides)
-                           : nullptr,
-                       p.target.class_stride, walk) {}
+        has_probabilities_(p.target_type == TargetType::kProbabilities),
+        probabilities_(
+            has_probabilities_ ? static_cast<const T*>(p.target.data) + row_offset(p, row, p.target.strides) : nullptr,
+            p.target.class_stride, walk) {}
 
   template <int kSize>
   CE_DEVICE void read(int64_t c, A (&coefficients)[kSize]) const {
-    if (p_.target_type == TargetType::kProbabilities) {
+    if (has_probabilities_) {
       T q[kSize];
       probabilities_.read(c, q);
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
-        coefficients[i] = smoothing_.coefficient(class_weight<A>(p_, c + i), A(to_accumulator(q[i])));
+        coefficients[i] = smoothing_.coefficient(weight_of(c + i), A(to_accumulator(q[i])));
       }
     } else {
       CE_UNROLL for (int i = 0; i < kSize; ++i) {
-        coefficients[i] = smoothing_.uniform == 0 ? A(0) : smoothing_.background(class_weight<A>(p_, c + i));
+        coefficients[i] = smoothing_.uniform == 0 ? A(0) : smoothing_.background(weight_of(c + i));
       }
     }
   }
 
  private:
-  const Problem& p_;
+  CE_DEVICE A weight_of(int64_t c) const { return weight_ ? weight_[c] : A(1); }
+
+  const A* weight_;
   Smoothing<A> smoothing_;
+  bool has_probabilities_;
   Companion<const T> probabilities_;
 };
 
 // What the forward pass has found of a row.
-template <typename A>
-CE_DEVICE MaxSum<A> exps_of(const Problem& p, int64_t row) {
+template <typename A, typename P>
+CE_DEVICE MaxSum<A> exps_of(const P& p, int64_t row) {
   const int64_t offset = row_offset(p, row, p.row_strides);
   return {static_cast<const A*>(p.max)[offset], static_cast<const A*>(p.sum)[offset]};
 }
@@ -155,13 +192,16 @@ CE_DEVICE A divisor_of(const Problem& p) {
   return p.divides_by_weight ? *Workspace(p.workspace).template divisor<A>() : value_of<A>(p.divisor);
 }
 
-// The upstream gradient of a row's loss: with its weight, over the divisor of the reduction.
-template <typename A>
-CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
+// The upstream gradient of a row's loss from that of the reduction: with its weight, over the divisor.
+template <typename A, typename P>
+CE_DEVICE A upstream_of(const P& p, int64_t row, A of_reduction) {
+  return of_reduction * row_value<A>(p, p.row_weight, row, 1) / divisor_of<A>(p);
+}
+template <typename A, typename P>
+CE_DEVICE A upstream_of(const P& p, int64_t row) {
   const Input& grad = p.grad_loss;
-  const A upstream =
-      grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) : A(1);
-  return upstream * row_value<A>(p, p.row_weight, row, 1) / divisor_of<A>(p);
+  return upstream_of(
+      p, row, grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) : A(1));
 }
 
 // The gradient of the formula's logits z, of a piece of a row from class c on, but for the part that only the target
@@ -219,7 +259,7 @@ class TargetPlace {
  public:
   using T = typename Walk::Element;
 
-  CE_DEVICE TargetPlace(const Walk& walk, const Seat& seat, int64_t target) {
+  CE_DEVICE TargetPlace(const Walk& walk, const Seat& seat, int64_t target) : class_(target) {
     const int64_t place = target - walk.class_of(0);
     const int64_t piece = place / Walk::kSize;
     if (Walk::kSize > 1 && target >= 0 && place >= 0 && piece < walk.pieces() &&
@@ -230,12 +270,20 @@ class TargetPlace {
   }
 
   CE_DEVICE bool is_mine() const { return turn_ >= 0; }
+  CE_DEVICE int64_t class_of() const { return class_; }
   CE_DEVICE int turn() const { return turn_; }        // of this thread's
   CE_DEVICE int element() const { return element_; }  // of the piece
 
  private:
+  int64_t class_;
   int turn_ = -1, element_ = 0;
 };
+
+// The element, where the thread's pieces lie in shared memory, `stride` of them apart.
+template <typename Walk, typename Whole>
+CE_DEVICE Piece<typename Walk::Element, 1> element_of(const Whole* pieces, int stride, const TargetPlace<Walk>& place) {
+  return {reinterpret_cast<const typename Walk::Element*>(&pieces[place.turn() * stride])[place.element()]};
+}
 
 // How write_row() gets the pieces of a row from memory.
 template <typename Walk>
@@ -243,9 +291,10 @@ struct FromMemory {
   using T = typename Walk::Element;
   const Walk& walk;
 
-  CE_DEVICE static constexpr bool is_kept() { return false; }
   CE_DEVICE Piece<T, Walk::kSize> operator()(int64_t c, int) const { return walk.template read<Walk::kSize>(c); }
-  CE_DEVICE Piece<T, 1> element(const TargetPlace<Walk>&) const { return {}; }
+  CE_DEVICE Piece<T, 1> element(const TargetPlace<Walk>& place) const {
+    return walk.template read<1>(place.class_of());
+  }
 };
 
 // Writes 0 to this thread's part of a row of gradients.
@@ -271,10 +320,9 @@ CE_DEVICE void write_row(const Walk& walk, const Seat& seat, Read&& read, const 
   };
   // Where the gradient replaces the logits, the target's has to be read before. Its place is found anew after the loop,
   // rather than kept in registers all along.
-  const bool reads_before = !read.is_kept();
   Piece<T, 1> logit = {};
-  if (const TargetPlace<Walk> place(walk, seat, target.index); reads_before && place.is_mine()) {
-    logit = walk.template read<1>(target.index);
+  if (const TargetPlace<Walk> place(walk, seat, target.index); place.is_mine()) {
+    logit = read.element(place);
   }
   const Exponentials<A> exponentials(gradient.max);
   constexpr bool kPlain = !kGeneral && Walk::kSize > 1;
@@ -282,6 +330,7 @@ CE_DEVICE void write_row(const Walk& walk, const Seat& seat, Read&& read, const 
     const A scale = gradient.scale / exponentials.unit();
     const Turns<Walk> turns(walk, seat);
     for_each_batch<kBatch>(turns, 0, turns.count, read, [&](int64_t c, const auto& batch, auto count) {
+      T* const written = grad.address(0) + c;
       CE_UNROLL for (int i = 0; i < kBatch; ++i) {
         if (i < count) {
           A z[Walk::kSize], values[Walk::kSize];
@@ -289,7 +338,7 @@ CE_DEVICE void write_row(const Walk& walk, const Seat& seat, Read&& read, const 
           CE_UNROLL for (int j = 0; j < Walk::kSize; ++j) {
             values[j] = scale * exponentials.power(z[j]);
           }
-          store(grad.address(0) + (c + int64_t{i} * turns.step), pack<T, Walk::kSize>(values));
+          store(written + i * turns.step, pack<T, Walk::kSize>(values));
         }
       }
     });
@@ -297,8 +346,8 @@ CE_DEVICE void write_row(const Walk& walk, const Seat& seat, Read&& read, const 
   } else {
     for_each_piece<kPlain ? 1 : kBatch>(walk, seat, read, write);
   }
-  if (const TargetPlace<Walk> place(walk, seat, target.index); place.is_mine()) {
-    write(target.index, reads_before ? logit : read.element(place));
+  if (TargetPlace<Walk>(walk, seat, target.index).is_mine()) {
+    write(target.index, logit);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "../../csrc/cuda/divergence.cu"
 #include "../../csrc/cuda/errors.cu"
 #include "../../csrc/cuda/forward.cu"
+#include "../../csrc/cuda/forward_grad.cu"
 #include "../../csrc/cuda/picks.cu"
 #include "../../csrc/cuda/plan.cu"
 #include "../../csrc/cuda/scale.cu"
