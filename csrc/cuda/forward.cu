@@ -1,4 +1,5 @@
-// Each row's maximum, log-sum-exp and loss, and the gradient of its logits, in one read of the logits.
+// Each row's maximum, log-sum-exp and loss, and what else is asked of it, in one read of the logits; the gradients too
+// that are not forward_grad.cu's.
 
 #include "forward.cuh"
 

@@ -5,8 +5,8 @@
 
 namespace ce::cuda {
 
-// Whether the gradient needs a divisor that a kernel has to find first. That kernel lets the rows' start when all that
-// they read is there but for the divisor.
+// Whether the kernel before finds the divisor that the gradient needs, and nothing else: it lets the rows' kernel start
+// when all that it reads is there but for the divisor. What reads picks comes after another one.
 CE_HOST_DEVICE bool finds_divisor_before(const Problem& p) {
   return p.grad.data && p.divides_by_weight && p.picks == 0;
 }

@@ -1,5 +1,5 @@
-// Each row's maximum, log-sum-exp and loss, and the gradient of its logits, where the row stays in shared memory in
-// between: plain and weighted losses of rows whose classes lie next to each other.
+// Each row's maximum, log-sum-exp and loss, and the gradient of its logits, for which the row waits in shared memory:
+// of calls that are not general, and rows whose classes lie next to each other.
 
 #include "forward.cuh"
 

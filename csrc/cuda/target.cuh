@@ -181,8 +181,8 @@ class Coefficients {
 };
 
 // What the forward pass has found of a row.
-template <typename A, typename P>
-CE_DEVICE MaxSum<A> exps_of(const P& p, int64_t row) {
+template <typename A>
+CE_DEVICE MaxSum<A> exps_of(const Problem& p, int64_t row) {
   const int64_t offset = row_offset(p, row, p.row_strides);
   return {static_cast<const A*>(p.max)[offset], static_cast<const A*>(p.sum)[offset]};
 }
