@@ -239,7 +239,7 @@ MISTAKES = {
     "shared memory too small": (
         "plain",
         ["tables"],
-        "forward_grad.cu",
+        "forward.cuh",
         "static_cast<int64_t>(plan.kept) * plan.threads",
         "static_cast<int64_t>(plan.kept) * (plan.threads - 1)",
     ),
@@ -260,9 +260,9 @@ MISTAKES = {
     "kept pieces mixed up": (
         "plain",
         ["sharing"],
-        "forward_grad.cu",
-        "return pieces_[turn * stride_];",
-        "return pieces_[turn / 2 * stride_];",
+        "forward.cuh",
+        "CE_DEVICE Whole operator()(int64_t, int turn) const { return (*this)[turn]; }",
+        "CE_DEVICE Whole operator()(int64_t, int turn) const { return (*this)[turn / 2]; }",
     ),
     "kept pieces read before they are there": (
         "plain",
@@ -281,7 +281,7 @@ MISTAKES = {
     "copies that are not committed": (
         "plain",
         ["layouts"],
-        "forward_grad.cu",
+        "forward.cuh",
         "    commit_copies();\n",
         "",
     ),
@@ -490,7 +490,7 @@ MISTAKES = {
         "plain",
         ["sharing"],
         "forward_grad.cu",
-        "write_row<false, 1>(out, seat, copied, target",
+        "write_row<false, 1>(out, seat, kept, target",
         "write_row<false, 1>(out, seat, FromMemory<Walk>{out}, target",
     ),
     "kept row of the general kernel read again": (

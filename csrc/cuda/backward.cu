@@ -234,9 +234,9 @@ void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
     if (is_general_backward(p)) {
       grid.shared = shared_states<Walk>(plan) * sizeof(RowState<Acc<typename Walk::Element>>);
       launch(logits_gradient<Walk, true>, grid, stream, p, plan);
-      return;
+    } else {
+      launch(logits_gradient<Walk, false>, grid, stream, p, plan);
     }
-    launch(logits_gradient<Walk, false>, grid, stream, p, plan);
   });
 }
 

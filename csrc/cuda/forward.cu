@@ -46,25 +46,6 @@ CE_DEVICE void push(RowPlace<A>& place, int64_t c, const A (&y)[kSize], int64_t 
   }
 }
 
-// A thread's part of a row that is kept in shared memory, `stride` pieces apart.
-template <typename Walk>
-class Kept {
- public:
-  using Whole = Piece<typename Walk::Element, Walk::kSize>;
-
-  CE_DEVICE Kept(Whole* pieces, int stride) : pieces_(pieces), stride_(stride) {}
-
-  CE_DEVICE Whole& operator[](int turn) const { return pieces_[turn * stride_]; }
-
-  // For write_row().
-  CE_DEVICE Whole operator()(int64_t, int turn) const { return (*this)[turn]; }
-  CE_DEVICE auto element(const TargetPlace<Walk>& place) const { return element_of(pieces_, stride_, place); }
-
- private:
-  Whole* pieces_;
-  int stride_;
-};
-
 template <typename Walk, bool kGrad, bool kGeneral, bool kStats, typename P>
 __global__ void __launch_bounds__(kMaxThreads,
                                   kBlocks<typename Walk::Element, (Walk::kSize == 1 || kGrad) + 2 * kGeneral>)
@@ -220,8 +201,7 @@ void launch_rows(const P& p, const Plan& plan, Stream stream) {
   const bool merges = plan.blocks > 1 && !plan.cluster;
   Grid grid{blocks_for(p, plan), plan.threads, plan.cluster ? plan.blocks : 1};
   grid.early = true;
-  grid.shared = shared_states<Walk>(plan) * sizeof(State<Acc<T>, kStats>) + shared_sums(plan) * sizeof(RowSums) +
-                static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<T, Walk::kSize>);
+  grid.shared = shared_bytes<Walk, State<Acc<T>, kStats>>(plan);
   if constexpr (kStats) {
     launch(forward_rows<Walk, false, kGeneral, true, P>, grid, stream, p, plan);
   } else {

@@ -178,4 +178,43 @@ CE_DEVICE bool is_read(const P& p, const Plan& plan, int64_t row, int64_t index)
   return may_count && (plan.reads_all || reads_ignored_rows(p) || judge(p, index) != Verdict::kIgnored);
 }
 
+// A thread's pieces of a row that are kept in shared memory, `stride` apart.
+template <typename Walk>
+class Kept {
+ public:
+  using T = typename Walk::Element;
+  using Whole = Piece<T, Walk::kSize>;
+
+  CE_DEVICE Kept(Whole* pieces, int stride) : pieces_(pieces), stride_(stride) {}
+
+  CE_DEVICE Whole& operator[](int turn) const { return pieces_[turn * stride_]; }
+
+  // Begins to read those from turn to turn, which arrive together.
+  CE_DEVICE void start(const Walk& walk, const Turns<Walk>& turns, int from, int to) const {
+    const T* source = walk.address(turns.class_of(from));
+    Whole* place = &(*this)[from];
+    CE_UNROLL_BY(4) for (int left = to - from; left > 0; --left, source += turns.step, place += stride_) {
+      copy_async(reinterpret_cast<uint4*>(place), reinterpret_cast<const uint4*>(source));
+    }
+    commit_copies();
+  }
+
+  // For write_row().
+  CE_DEVICE Whole operator()(int64_t, int turn) const { return (*this)[turn]; }
+  CE_DEVICE Piece<T, 1> element(const TargetPlace<Walk>& place) const {
+    return {reinterpret_cast<const T*>(&(*this)[place.turn()])[place.element()]};
+  }
+
+ private:
+  Whole* pieces_;
+  int stride_;
+};
+
+// Shared memory of a block: the states that are summed up, its rows' sums, the kept pieces.
+template <typename Walk, typename State>
+int64_t shared_bytes(const Plan& plan) {
+  return shared_states<Walk>(plan) * sizeof(State) + shared_sums(plan) * sizeof(RowSums) +
+         static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
+}
+
 }  // namespace ce::cuda

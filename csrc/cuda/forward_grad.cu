@@ -6,33 +6,6 @@
 namespace ce::cuda {
 namespace {
 
-// A thread's pieces of a row, `stride` of them apart in shared memory.
-template <typename Walk>
-class Copied {
- public:
-  using Whole = Piece<typename Walk::Element, Walk::kSize>;
-
-  CE_DEVICE Copied(Whole* pieces, int stride) : pieces_(pieces), stride_(stride) {}
-
-  // Begins to read those from turn to turn, which arrive together.
-  CE_DEVICE void start(const Walk& walk, const Turns<Walk>& turns, int from, int to) const {
-    const typename Walk::Element* source = walk.address(turns.class_of(from));
-    Whole* place = &pieces_[from * stride_];
-    CE_UNROLL_BY(4) for (int left = to - from; left > 0; --left, source += turns.step, place += stride_) {
-      copy_async(reinterpret_cast<uint4*>(place), reinterpret_cast<const uint4*>(source));
-    }
-    commit_copies();
-  }
-
-  // For write_row().
-  CE_DEVICE Whole operator()(int64_t, int turn) const { return pieces_[turn * stride_]; }
-  CE_DEVICE auto element(const TargetPlace<Walk>& place) const { return element_of(pieces_, stride_, place); }
-
- private:
-  Whole* pieces_;
-  int stride_;
-};
-
 template <typename T, typename P>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<T, 1>)
     forward_grad_rows(const __grid_constant__ P p, const __grid_constant__ Plan plan) {
@@ -41,7 +14,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T, 1>)
   using Whole = Piece<T, Walk::kSize>;
   RowState<A>* const states = static_cast<RowState<A>*>(shared_memory());
   RowSums* const sums = reinterpret_cast<RowSums*>(states + shared_states<Walk>(plan));
-  const Copied<Walk> copied(reinterpret_cast<Whole*>(sums + shared_sums(plan)) + threadIdx.x, plan.threads);
+  const Kept<Walk> kept(reinterpret_cast<Whole*>(sums + shared_sums(plan)) + threadIdx.x, plan.threads);
   const Seat seat = Walk::seat(plan);
 
   let_next_start();
@@ -62,8 +35,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T, 1>)
     const Turns<Walk> turns(walk, seat);
     // In two halves, the first of which is whole batches.
     const int half = std::min((turns.count + 2 * Walk::kBatch - 1) / (2 * Walk::kBatch) * Walk::kBatch, turns.count);
-    copied.start(walk, turns, 0, half);
-    copied.start(walk, turns, half, turns.count);
+    kept.start(walk, turns, 0, half);
+    kept.start(walk, turns, half, turns.count);
     const RowTarget<A> target = exists ? target_of<false, A>(p, row, index) : RowTarget<A>();
     // For the row's first thread, before the gradient may replace it.
     const A z_target = seat.rank == 0 ? target_logit<false, A, T>(p, row, target) : A(0);
@@ -72,7 +45,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T, 1>)
     CE_NO_UNROLL for (int i = 0; i < 2; ++i) {
       wait_for_copies(1 - i);
       for_each_batch<Walk::kBatch>(
-          turns, i == 0 ? 0 : half, i == 0 ? half : turns.count, copied,
+          turns, i == 0 ? 0 : half, i == 0 ? half : turns.count, kept,
           [&](int64_t, const auto& batch, auto count) { push_batch(state.exps, batch, count); });
     }
     for_each_edge(walk, seat, [&](int64_t, const Piece<T, 1>& piece) {
@@ -94,7 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T, 1>)
     if (target.kept) {
       const RowGradient<A> gradient =
           make_row_gradient<A>(state.exps, target.coefficient, A(p.z_loss), {upstream_of(p, row, A(1))});
-      write_row<false, 1>(out, seat, copied, target, Coefficients<T>(p, row, out), transform_of<A>(p), gradient, grad);
+      write_row<false, 1>(out, seat, kept, target, Coefficients<T>(p, row, out), transform_of<A>(p), gradient, grad);
     } else {
       write_zeros(out, seat, grad);
     }
@@ -113,8 +86,7 @@ void launch_grad_rows(const P& p, const Plan& plan, Stream stream) {
   using Walk = Along<T>;
   Grid grid{blocks_for(p, plan), plan.threads, plan.blocks};
   grid.early = true;
-  grid.shared = shared_states<Walk>(plan) * sizeof(RowState<Acc<T>>) + shared_sums(plan) * sizeof(RowSums) +
-                static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<T, Walk::kSize>);
+  grid.shared = shared_bytes<Walk, RowState<Acc<T>>>(plan);
   launch(forward_grad_rows<T, P>, grid, stream, p, plan);
 }
 

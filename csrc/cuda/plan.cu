@@ -121,11 +121,11 @@ Plan plan_forward(const Problem& p, const Device& device) {
     // Smaller blocks where so many of these fit a multiprocessor that much of its memory has no use.
     const int64_t memory = device.shared_memory, part = bytes / plan.blocks + kBesides;
     const bool wastes = part < memory && memory / part * part < memory / 4 * 3;
-    const bool may_grow = plan.blocks > 1 && 2 * plan.blocks <= std::min(kLargeCluster, device.max_cluster);
-    if (wastes && may_grow) {
+    const bool halves = wastes && plan.blocks > 1 && 2 * plan.blocks <= std::min(kLargeCluster, device.max_cluster);
+    if (halves) {
       plan.blocks *= 2;
     }
-    if ((wastes && may_grow) || plan.blocks > kLargeCluster) {
+    if (halves || plan.blocks > kLargeCluster) {
       plan.threads = plan.lanes = kSmallBlock;
     }
   } else if (p.grad.data && along) {

@@ -22,8 +22,8 @@ CE_DEVICE A class_weight(const P& p, int64_t c) {
 }
 
 // The weight of a kept target's class, if it is the problem's own.
-template <typename A, typename P>
-CE_DEVICE A weight_of_target(const P& p, int64_t target) {
+template <typename A>
+CE_DEVICE A weight_of_target(const Problem& p, int64_t target) {
   const int64_t c = own_class(p, target);
   return c < 0 ? A(0) : class_weight<A>(p, c);
 }
@@ -197,8 +197,8 @@ template <typename A, typename P>
 CE_DEVICE A upstream_of(const P& p, int64_t row, A of_reduction) {
   return of_reduction * row_value<A>(p, p.row_weight, row, 1) / divisor_of<A>(p);
 }
-template <typename A, typename P>
-CE_DEVICE A upstream_of(const P& p, int64_t row) {
+template <typename A>
+CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
   const Input& grad = p.grad_loss;
   return upstream_of(
       p, row, grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) : A(1));
@@ -278,12 +278,6 @@ class TargetPlace {
   int64_t class_;
   int turn_ = -1, element_ = 0;
 };
-
-// The element, where the thread's pieces lie in shared memory, `stride` of them apart.
-template <typename Walk, typename Whole>
-CE_DEVICE Piece<typename Walk::Element, 1> element_of(const Whole* pieces, int stride, const TargetPlace<Walk>& place) {
-  return {reinterpret_cast<const typename Walk::Element*>(&pieces[place.turn() * stride])[place.element()]};
-}
 
 // How write_row() gets the pieces of a row from memory.
 template <typename Walk>
