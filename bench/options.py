@@ -7,7 +7,8 @@ latter, of float64 logits, is also the oracle of both.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def _outputs(*names: str) -> Callable[[Given], Loss]:
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         values = row_stats(logits, target, outputs=names)
-        return sum(value.mean() for value in values)  # type: ignore[return-value]
+        return reduce(add, [value.mean() for value in values])
 
     return lambda given: loss
 
@@ -160,7 +161,7 @@ def _entropy_of(log_p: Tensor, target: Tensor) -> Tensor:
 def _outputs_in_torch(*outputs: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Given], Loss]:
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         log_p = _wide(logits).log_softmax(1)
-        return sum(output(log_p, target) for output in outputs)  # type: ignore[return-value]
+        return reduce(add, [output(log_p, target) for output in outputs])
 
     return lambda given: loss
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor
 
 def cross_entropy(
@@ -17,21 +19,7 @@ def cross_entropy_with_options(
     ignore_index: int,
     label_smoothing: float,
     inplace: bool,
-    full_precision: bool,
-    row_weight: Tensor | None,
-    logit_scale_tensor: Tensor | None,
-    divisor_tensor: Tensor | None,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    divisor: float | None,
-    valid_classes: int | None,
-    zero_if_empty: bool,
-    divergence: int,
-    reverse: bool,
-    teacher_scale: float,
-    picked: Tensor | None,
-    spreads: bool,
+    arguments: dict[str, Any],
 ) -> Tensor: ...
 def row_stats(
     logits: Tensor,
@@ -43,15 +31,12 @@ def row_stats(
 def stats(
     outputs: int,
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     weight: Tensor | None,
+    reduction: int,
     ignore_index: int,
     label_smoothing: float,
-    logit_scale_tensor: Tensor | None,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    valid_classes: int | None,
+    arguments: dict[str, Any],
 ) -> tuple[Tensor, ...]: ...
 def check_errors() -> None: ...
 def release_memory() -> None: ...

@@ -8,7 +8,7 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cross_entropy.functional import prepare_for
-from cross_entropy.options import Call, CallOptions, accumulator_of, shows_options
+from cross_entropy.options import Call, CallOptions, accumulator_of, shows_options, unexpected
 
 __all__ = ["distillation_loss", "topk_distillation_loss"]
 
@@ -60,7 +60,7 @@ def _run(
     if type(input) is not Tensor:
         prepare_for(input)
     if unknown := given.keys() - TaughtOptions.__annotations__.keys():
-        raise TypeError(f"distillation_loss() got an unexpected keyword argument '{min(unknown)}'")
+        raise unexpected("distillation_loss", min(unknown))
     if divergence not in DIVERGENCES:
         raise ValueError(f"distillation_loss: divergence must be one of {', '.join(DIVERGENCES)}. Got: {divergence!r}")
     if not isinstance(temperature, (int, float)):

@@ -218,7 +218,7 @@ def row_stats(
         prepare_for(logits)
     if outputs is not None or options:
         names = ("maximum", "logsumexp", "loss") if outputs is None else tuple(outputs)
-        check_outputs(names, logits, target)
+        check_outputs(names, logits, target, options)
         call = Call(logits, target, NONE, options)
         results = call.stats(names, weight, ignore_index, label_smoothing)
         return RowStats._make(results) if outputs is None else results

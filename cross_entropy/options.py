@@ -64,7 +64,6 @@ PLACES = {
     "correct": 7,  # a rank of 0
 }
 BITS = {"log_prob": 1, "entropy": 2, "argmax": 4, "rank": 8, "correct": 8}
-STATS_ARGUMENTS = ("logit_scale_tensor", "z_loss", "softcap", "logit_scale", "valid_classes")
 OUTPUTS = ("loss", "logsumexp", "maximum", "log_prob", "entropy", "argmax", "correct", "rank")
 OF_THE_TARGET = ("loss", "log_prob", "correct", "rank")
 OF_AN_INDEX = ("log_prob", "correct", "rank")
@@ -86,7 +85,9 @@ def shows_options(function: F) -> F:
     return function
 
 
-def check_outputs(outputs: tuple[str, ...], logits: Tensor, target: Tensor | None) -> None:
+def check_outputs(outputs: tuple[str, ...], logits: Tensor, target: Tensor | None, options: RowOptions) -> None:
+    if unknown := options.keys() - RowOptions.__annotations__.keys():
+        raise unexpected("row_stats", min(unknown))
     if not outputs:
         raise ValueError("row_stats: outputs is empty")
     for name in outputs:
@@ -102,24 +103,20 @@ def check_outputs(outputs: tuple[str, ...], logits: Tensor, target: Tensor | Non
             )
 
 
+def unexpected(function: str, name: str) -> TypeError:
+    return TypeError(f"{function}() got an unexpected keyword argument '{name}'")
+
+
 def accumulator_of(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"cross_entropy(): argument '{name}' must be float, not {type(value).__name__}")
-    return float(value)
-
-
-def _number_or_tensor(name: str, value: Any, default: float | None) -> tuple[float | None, Tensor | None]:
-    if isinstance(value, Tensor):
-        return default, value
-    return _number(name, value), None
+# What of an option is a tensor has an argument of its own.
+TENSORS = {"logit_scale": "logit_scale_tensor", "divisor": "divisor_tensor"}
 
 
 class Call:
-    """One call with options."""
+    """One call with options: the operands as the operators take them, and the arguments that were given by name."""
 
     def __init__(
         self,
@@ -127,63 +124,47 @@ class Call:
         target: Tensor | None,
         reduction: int,
         given: CallOptions | RowOptions,
-        *,
-        divergence: int = 0,
-        reverse: bool = False,
-        teacher_scale: float = 1.0,
-        picked: Tensor | None = None,
-        spreads: bool = False,
+        **arguments: Any,
     ) -> None:
-        if unknown := given.keys() - DEFAULTS.keys():
-            raise TypeError(f"cross_entropy() got an unexpected keyword argument '{min(unknown)}'")
-        options: dict[str, Any] = {**DEFAULTS, **given}
-        self.input, self.reduction = input, reduction
-        # Where nothing depends on it, any target will do.
-        classes = -1 if options["class_dim"] == -1 else min(1, input.dim() - 1)
-        self.target = torch.zeros_like(input.select(classes, 0), dtype=torch.long) if target is None else target
-        self.row_weight, self.picked = options["row_weight"], picked
-        self.is_flat = False
-        if options["class_dim"] not in (None, -1):
-            raise ValueError(f"cross_entropy: class_dim must be None or -1. Got: {options['class_dim']}")
-        if options["class_dim"] == -1:
+        self.arguments = arguments
+        is_last = False
+        for name, value in given.items():
+            if name == "class_dim":
+                if value is not None and value != -1:
+                    raise ValueError(f"cross_entropy: class_dim must be None or -1. Got: {value}")
+                is_last = value is not None
+            elif name == "empty":
+                if value not in ("nan", "zero"):
+                    raise ValueError(f"cross_entropy: empty must be 'nan' or 'zero'. Got: {value!r}")
+                arguments["zero_if_empty"] = value == "zero"
+            elif name == "loss_dtype":
+                accumulator = accumulator_of(input)
+                if value not in (None, input.dtype, accumulator):
+                    raise ValueError(
+                        f"cross_entropy: loss_dtype must be {accumulator} for logits of {input.dtype}. Got: {value}"
+                    )
+                arguments["full_precision"] = value == accumulator
+            elif name in TENSORS and isinstance(value, Tensor):
+                arguments[TENSORS[name]] = value
+            elif name in DEFAULTS:
+                arguments[name] = value
+            else:
+                raise unexpected("cross_entropy", name)
+        self.input, self.reduction, self.is_flat = input, reduction, False
+        self.target: Any = target  # None where nothing depends on it
+        if is_last:
             self.move_classes()
-        if options["empty"] not in ("nan", "zero"):
-            raise ValueError(f"cross_entropy: empty must be 'nan' or 'zero'. Got: {options['empty']!r}")
-        accumulator = accumulator_of(input)
-        if options["loss_dtype"] not in (None, input.dtype, accumulator):
-            raise ValueError(
-                f"cross_entropy: loss_dtype must be {accumulator} for logits of {input.dtype}. "
-                f"Got: {options['loss_dtype']}"
-            )
-        self.full_precision = options["loss_dtype"] == accumulator
-        scale, scale_tensor = _number_or_tensor("logit_scale", options["logit_scale"], 1.0)
-        by, by_tensor = (
-            (None, None) if options["divisor"] is None else _number_or_tensor("divisor", options["divisor"], None)
-        )
-        self.arguments: dict[str, Any] = {
-            "row_weight": self.row_weight,
-            "logit_scale_tensor": scale_tensor,
-            "divisor_tensor": by_tensor,
-            "z_loss": _number("z_loss", options["z_loss"]),
-            "softcap": None if options["softcap"] is None else _number("softcap", options["softcap"]),
-            "logit_scale": scale,
-            "divisor": by,
-            "valid_classes": options["valid_classes"],
-            "zero_if_empty": options["empty"] == "zero",
-            "divergence": divergence,
-            "reverse": reverse,
-            "teacher_scale": teacher_scale,
-            "picked": self.picked,
-            "spreads": spreads,
-        }
 
     def move_classes(self) -> None:
         """From the last dimension to where torch has them. Nothing is copied."""
         rows = self.input.shape[:-1]
         is_moved = self.input.dim() > 2
-        if self.picked is not None:
-            if is_moved and self.target.dim() == self.picked.dim() == self.input.dim():
-                self.target, self.picked = self.target.movedim(-1, 1), self.picked.movedim(-1, 1)
+        picked, row_weight = self.arguments.get("picked"), self.arguments.get("row_weight")
+        if self.target is None:
+            pass
+        elif picked is not None:
+            if is_moved and self.target.dim() == picked.dim() == self.input.dim():
+                self.target, self.arguments["picked"] = self.target.movedim(-1, 1), picked.movedim(-1, 1)
         elif self.target.shape == self.input.shape:
             self.target = self.target.movedim(-1, 1) if is_moved else self.target
         elif self.target.dim() == 1 and len(rows) != 1:
@@ -193,8 +174,8 @@ class Call:
                 )
             self.is_flat = True
             self.target = self.target.view(rows)
-            if self.row_weight is not None and self.row_weight.dim() == 1:
-                self.row_weight = self.row_weight.view(rows)
+            if row_weight is not None and row_weight.dim() == 1:
+                self.arguments["row_weight"] = row_weight.view(rows)
         if is_moved:
             self.input = self.input.movedim(-1, 1)
 
@@ -203,9 +184,9 @@ class Call:
         if is_compiling():
             operators = torch.ops.cross_entropy
             operator = operators.cross_entropy_ if inplace else operators.cross_entropy
-            loss: Tensor = operator(*operands, self.full_precision, **self.arguments)
+            loss: Tensor = operator(*operands, **self.arguments)
         else:
-            loss = _C.cross_entropy_with_options(*operands, inplace, self.full_precision, *self.arguments.values())
+            loss = _C.cross_entropy_with_options(*operands, inplace, self.arguments)
         return loss.flatten() if self.is_flat and self.reduction == NONE else loss
 
     def stats(
@@ -214,12 +195,14 @@ class Call:
         bits = 0
         for name in names:
             bits |= BITS.get(name, 0)
+        others = weight, self.reduction, ignore_index, label_smoothing
         if is_compiling():
-            operands = self.input, self.target, weight, NONE, ignore_index, label_smoothing
-            results = torch.ops.cross_entropy.stats(bits, *operands, True, **self.arguments)
+            target = self.target
+            if target is None:
+                target = torch.zeros_like(self.input.select(min(1, self.input.dim() - 1), 0), dtype=torch.long)
+            results = torch.ops.cross_entropy.stats(bits, self.input, target, *others, True, **self.arguments)
         else:
-            arguments = [self.arguments[name] for name in STATS_ARGUMENTS]
-            results = _C.stats(bits, self.input, self.target, weight, ignore_index, label_smoothing, *arguments)
+            results = _C.stats(bits, self.input, self.target, *others, self.arguments)
         asked = [results[PLACES[name]] for name in names]
         if "correct" in names:
             place = names.index("correct")

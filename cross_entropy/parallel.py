@@ -63,7 +63,7 @@ def forward(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    z_loss: float,
+    z_loss: float = 0.0,
     all_rows: bool = False,
     **options: Any,
 ) -> tuple[Tensor, ...]:
@@ -240,8 +240,8 @@ def vocab_parallel_cross_entropy(
     number = _Reduction.get_enum(reduction)
     call = Call(local_logits, target, number, options)
     logits, target, arguments = call.input, call.target, call.arguments
-    shard, columns = _shard_of(logits, group, arguments.pop("valid_classes"))
-    divisor = arguments["divisor_tensor"]
+    shard, columns = _shard_of(logits, group, arguments.pop("valid_classes", None))
+    divisor = arguments.get("divisor_tensor")
     if divisor is not None and divisor.is_cpu and not (divisor > 0).all():
         raise ValueError(f"cross_entropy: divisor must be positive. Got: {divisor}")
     if weight is not None and weight.requires_grad:
@@ -252,13 +252,13 @@ def vocab_parallel_cross_entropy(
     whole_target = whole if target.is_floating_point() and target.shape == logits.shape else on_meta(target)
     of_whole = {name: on_meta(value) for name, value in arguments.items()} | {"valid_classes": shard.total}
     OPERATORS.loss(whole, whole_target, on_meta(weight), number, ignore_index, label_smoothing, **of_whole)
-    scale = arguments.pop("logit_scale_tensor")
+    full_precision = arguments.pop("full_precision", False) or torch.is_autocast_enabled(logits.device.type)
+    scale = arguments.pop("logit_scale_tensor", None)
     if scale is not None:  # its gradient is summed over the processes before it is rounded
         scale = scale.to(accumulator_of(logits))
-    of_logits = {name: arguments.pop(name) for name in ("softcap", "logit_scale", "z_loss")}
-    of_logits |= {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    of_logits: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    of_logits |= {name: arguments.pop(name) for name in ("softcap", "logit_scale", "z_loss") if name in arguments}
     rows = _Rows.apply(logits, target, weight, scale, shard, of_logits)
-    full_precision = call.full_precision or torch.is_autocast_enabled(logits.device.type)
     loss: Tensor = OPERATORS.reduce(
         rows, logits, target, weight, number, ignore_index, 0.0, full_precision, all_classes=shard.total, **arguments
     )

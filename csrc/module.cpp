@@ -7,8 +7,10 @@
 #include <torch/version.h>
 
 #include <sstream>
+#include <string_view>
 
 #include "backends.h"
+#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/large_memory.h"
 #include "ops.h"
@@ -21,19 +23,22 @@ std::string type_name(py::handle object) {
   return Py_TYPE(object.ptr())->tp_name;
 }
 
+constexpr int kByName = 0;  // the position of an argument that has none
+
 [[noreturn]] void wrong_type(const char* name, int position, const char* expected, py::handle object) {
-  throw py::type_error("cross_entropy_loss(): argument '" + std::string(name) + "' (position " +
-                       std::to_string(position) + ") must be " + expected + ", not " + type_name(object));
+  const std::string where = position == kByName ? "" : " (position " + std::to_string(position) + ")";
+  throw py::type_error("cross_entropy_loss(): argument '" + std::string(name) + "'" + where + " must be " + expected +
+                       ", not " + type_name(object));
 }
 
-const at::Tensor& tensor(py::handle object, const char* name, int position) {
+const at::Tensor& tensor(py::handle object, const char* name, int position = kByName) {
   if (!THPVariable_Check(object.ptr())) {
     wrong_type(name, position, "Tensor", object);
   }
   return THPVariable_Unpack(object.ptr());
 }
 
-int64_t integer(py::handle object, const char* name, int position) {
+int64_t integer(py::handle object, const char* name, int position = kByName) {
   if (!PyLong_Check(object.ptr())) {
     wrong_type(name, position, "int", object);
   }
@@ -45,15 +50,24 @@ int64_t integer(py::handle object, const char* name, int position) {
   return value;
 }
 
-double number(py::handle object, const char* name, int position) {
+double number(py::handle object, const char* name, int position = kByName) {
   if (!PyFloat_Check(object.ptr()) && !PyLong_Check(object.ptr())) {
     wrong_type(name, position, "float", object);
   }
   return PyFloat_AsDouble(object.ptr());
 }
 
-ce::OptionalTensor optional_tensor(py::handle object, const char* name, int position) {
-  return object.is_none() ? std::nullopt : ce::OptionalTensor(tensor(object, name, position));
+bool is_true(py::handle object) {
+  return object.ptr() == Py_True;
+}
+
+template <typename Convert>
+auto if_given(Convert convert, py::handle object, const char* name, int position = kByName)
+    -> std::optional<std::decay_t<decltype(convert(object, name, position))>> {
+  if (object.is_none()) {
+    return std::nullopt;
+  }
+  return convert(object, name, position);
 }
 
 struct Arguments {
@@ -66,7 +80,7 @@ struct Arguments {
             py::handle label_smoothing_)
       : logits(tensor(input, "input", 1)),
         target(tensor(target_, "target", 2)),
-        weight(optional_tensor(weight_, "weight", 3)),
+        weight(if_given(tensor, weight_, "weight", 3)),
         ignore_index(integer(ignore_index_, "ignore_index", 5)),
         label_smoothing(number(label_smoothing_, "label_smoothing", 6)) {}
 };
@@ -84,47 +98,82 @@ at::Tensor cross_entropy(py::handle input, py::handle target, py::handle weight,
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-// With what torch's loss does not have.
+// What torch's loss does not have, by the names that the operators' schemas give it.
+struct Named {
+  ce::Options options;
+  ce::OptionalTensor row_weight, logit_scale, divisor, picked;
+
+  Named(const Arguments& a, int64_t reduction, const py::dict& arguments)
+      : options{reduction, a.ignore_index, a.label_smoothing} {
+    for (const auto& [key, value] : arguments) {
+      set(PyUnicode_AsUTF8(key.ptr()), value);
+    }
+  }
+
+  ce::Inputs inputs(const Arguments& a) const {
+    return {a.logits, a.target, a.weight, options, row_weight, logit_scale, divisor, picked};
+  }
+
+ private:
+  void set(std::string_view name, py::handle value) {
+    const char* const who = name.data();
+    if (name == "z_loss") {
+      options.z_loss = number(value, who);
+    } else if (name == "softcap") {
+      options.softcap = if_given(number, value, who);
+    } else if (name == "logit_scale") {
+      options.logit_scale = number(value, who);
+    } else if (name == "logit_scale_tensor") {
+      logit_scale = tensor(value, who);
+    } else if (name == "row_weight") {
+      row_weight = if_given(tensor, value, who);
+    } else if (name == "divisor") {
+      options.divisor = if_given(number, value, who);
+    } else if (name == "divisor_tensor") {
+      divisor = tensor(value, who);
+    } else if (name == "valid_classes") {
+      options.valid_classes = if_given(integer, value, who);
+    } else if (name == "zero_if_empty") {
+      options.zero_if_empty = is_true(value);
+    } else if (name == "full_precision") {
+      options.full_precision = is_true(value);
+    } else if (name == "divergence") {
+      options.divergence = integer(value, who);
+    } else if (name == "reverse") {
+      options.reverse = is_true(value);
+    } else if (name == "teacher_scale") {
+      options.teacher_scale = number(value, who);
+    } else if (name == "picked") {
+      picked = tensor(value, who);
+    } else if (name == "spreads") {
+      options.spreads = is_true(value);
+    } else {
+      throw py::type_error("cross_entropy_loss() got an unexpected keyword argument '" + std::string(name) + "'");
+    }
+  }
+};
+
 at::Tensor cross_entropy_with_options(py::handle input, py::handle target, py::handle weight, int64_t reduction,
                                       py::handle ignore_index, py::handle label_smoothing, bool inplace,
-                                      bool full_precision, py::handle row_weight, py::handle logit_scale_tensor,
-                                      py::handle divisor_tensor, double z_loss, std::optional<double> softcap,
-                                      double logit_scale, std::optional<double> divisor,
-                                      std::optional<int64_t> valid_classes, bool zero_if_empty, int64_t divergence,
-                                      bool reverse, double teacher_scale, py::handle picked, bool spreads) {
+                                      const py::dict& arguments) {
   HANDLE_TH_ERRORS
   const Arguments a(input, target, weight, ignore_index, label_smoothing);
-  const ce::OptionalTensor of_rows = optional_tensor(row_weight, "row_weight", 7);
-  const ce::OptionalTensor scale = optional_tensor(logit_scale_tensor, "logit_scale", 8);
-  const ce::OptionalTensor by = optional_tensor(divisor_tensor, "divisor", 9);
-  const ce::OptionalTensor of_picks = optional_tensor(picked, "probabilities", 10);
-  return loss({a.logits,
-               a.target,
-               a.weight,
-               {reduction, a.ignore_index, a.label_smoothing, full_precision, z_loss, softcap, logit_scale, divisor,
-                valid_classes, zero_if_empty, divergence, reverse, teacher_scale, 0, std::nullopt, spreads},
-               of_rows,
-               scale,
-               by,
-               of_picks},
-              inplace);
+  const Named named(a, reduction, arguments);
+  return loss(named.inputs(a), inplace);
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-ce::Stats stats(int64_t outputs, py::handle logits, py::handle target, py::handle weight, py::handle ignore_index,
-                py::handle label_smoothing, py::handle logit_scale_tensor, double z_loss, std::optional<double> softcap,
-                double logit_scale, std::optional<int64_t> valid_classes) {
+ce::Stats stats(int64_t outputs, py::handle logits, py::handle target, py::handle weight, int64_t reduction,
+                py::handle ignore_index, py::handle label_smoothing, const py::dict& arguments) {
   HANDLE_TH_ERRORS
-  const Arguments a(logits, target, weight, ignore_index, label_smoothing);
-  const ce::OptionalTensor scale = optional_tensor(logit_scale_tensor, "logit_scale", 6);
+  const bool has_target = !target.is_none();
+  Arguments a(logits, has_target ? target : logits, weight, ignore_index, label_smoothing);
+  if (!has_target) {  // nothing depends on it, so any will do
+    a.target = at::zeros_like(a.logits.select(ce::class_dim(a.logits), 0), at::kLong);
+  }
+  const Named named(a, reduction, arguments);
   const py::gil_scoped_release no_gil;
-  return ce::op::stats(outputs, {a.logits,
-                                 a.target,
-                                 a.weight,
-                                 {at::Reduction::None, a.ignore_index, a.label_smoothing, /*full_precision=*/true,
-                                  z_loss, softcap, logit_scale, std::nullopt, valid_classes},
-                                 ce::kNoTensor,
-                                 scale});
+  return ce::op::stats(outputs, named.inputs(a).of_rows());
   END_HANDLE_TH_ERRORS_PYBIND
 }
 

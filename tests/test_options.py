@@ -598,6 +598,37 @@ def test_refused_values(argument, value):
         refuse({argument: value, "reduction": "none"}, ValueError, rf"\b{argument}\b")
 
 
+# argument: values of a type that it does not take
+WRONG_TYPES = {
+    "z_loss": ["much", None, torch.ones(()), [0.1]],
+    "softcap": ["much", torch.ones(()), [30.0]],
+    "divisor": ["many", [2]],
+    "logit_scale": ["much", None, [1.0]],
+    "row_weight": ["much", 2.0, [1.0, 1.0]],
+    "valid_classes": ["all", 2.0, torch.ones((), dtype=torch.long)],
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [(name, value) for name in WRONG_TYPES for value in WRONG_TYPES[name]], ids=str
+)
+def test_values_of_a_wrong_type(argument, value):
+    kind = type(value).__name__
+    refuse({argument: value}, TypeError, rf"argument '{argument}' must be \w+, not {kind}$")
+
+
+@pytest.mark.parametrize("name", ["zloss", "outputs", "logit_scale_tensor", "picked"])
+def test_options_that_are_not_known(name):
+    refuse({name: 0.1}, TypeError, rf"^cross_entropy\(\) got an unexpected keyword argument '{name}'$")
+    refuse({"z_loss": 0.1, name: 0.1}, TypeError, rf"'{name}'")
+
+
+@pytest.mark.parametrize("name", ["zloss", "row_weight", "divisor"])
+def test_options_that_the_module_does_not_take(name):
+    with pytest.raises(TypeError, match=rf"^CrossEntropyLoss\(\) got an unexpected keyword argument '{name}'$"):
+        cross_entropy.CrossEntropyLoss(**{name: 0.1})
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("divisor", [2, 2.5, cpu(2), cpu(2.5)], ids=str)
 def test_divisor_is_of_the_mean(divisor, reduction):

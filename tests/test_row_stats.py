@@ -754,6 +754,13 @@ def test_refused_values(argument, value):
             refuse(ValueError, rf"\b{argument}\b", function=function, **{argument: value})
 
 
+@pytest.mark.parametrize("name", ["row_weight", "divisor", "empty", "loss_dtype", "inplace", "softcaps"])
+def test_options_of_a_loss_alone(name):
+    match = rf"^row_stats\(\) got an unexpected keyword argument '{name}'$"
+    refuse(TypeError, match, **{name: 1.0})
+    refuse(TypeError, match, outputs=("entropy",), **{name: 1.0})
+
+
 @pytest.mark.parametrize("temperature", [0, 0.0, -1, -0.5, NAN, -INF, cpu([1.0]), cpu([1.0, 2.0])], ids=str)
 @pytest.mark.parametrize("function", ["log_prob", "entropy"])
 def test_refused_temperatures(function, temperature):

@@ -399,8 +399,8 @@ class Softcap<float> {
   }
 
   static constexpr int kDegree = std::size(kTanhOverArgument) - 1;
-  float scale_, cap_, limit_;
-  float of_squares_[kDegree + 1];
+  float scale_, cap_, limit_ = 0;
+  float of_squares_[kDegree + 1] = {};
 };
 
 template <>

@@ -116,48 +116,51 @@ struct Coefficients {
   }
 };
 
-// The logits of the formula are those that are given.
+// What makes the logits of the formula of the given ones, as far as a kernel is compiled for it alone.
+enum class Change { kNone, kScale, kSoftcap, kAny };
+
 template <typename A>
 struct AsGiven {
   static constexpr A scale = 1;
   explicit AsGiven(const Problem&) {}
 };
-// They are transformed, within the kernels of which the plain ones shall not know.
-template <typename A>
+template <typename A, Change kChange = Change::kAny>
 struct Transformed : LogitTransform<A> {
   Softcap<A> softcap;
 
   explicit Transformed(const Problem& p) : Transformed(transform_of<A>(p)) {}
   explicit Transformed(LogitTransform<A> transform)
       : LogitTransform<A>(transform), softcap(transform.before_tanh(), transform.cap) {}
+
+  CE_INLINE bool caps() const { return kChange == Change::kAny ? this->cap > 0 : kChange == Change::kSoftcap; }
 };
+template <typename A, Change kChange>
+using Transform = std::conditional_t<kChange == Change::kNone, AsGiven<A>, Transformed<A, kChange>>;
+
 // What is kept of an exponential for the gradient: it has the transform's slope in it, in units of unit_of_kept().
 template <typename A>
 CE_INLINE Vec<A> kept_exp(const AsGiven<A>&, Vec<A> e, Vec<A>) {
   return e;
 }
-template <typename A>
-CE_INLINE Vec<A> kept_exp(const Transformed<A>& transform, Vec<A> e, Vec<A> z) {
-  return transform.cap > 0 ? e * ((transform.cap - z) * (transform.cap + z)) : e;
+template <typename A, Change kChange>
+CE_INLINE Vec<A> kept_exp(const Transformed<A, kChange>& transform, Vec<A> e, Vec<A> z) {
+  return transform.caps() ? e * ((transform.cap - z) * (transform.cap + z)) : e;
 }
 template <typename A>
 CE_INLINE A unit_of_kept(const AsGiven<A>&) {
   return 1;
 }
-template <typename A>
-CE_INLINE A unit_of_kept(const Transformed<A>& transform) {
-  return transform.cap > 0 ? 1 / (transform.cap * transform.cap) : A(1);
+template <typename A, Change kChange>
+CE_INLINE A unit_of_kept(const Transformed<A, kChange>& transform) {
+  return transform.caps() ? 1 / (transform.cap * transform.cap) : A(1);
 }
-
-template <typename A, bool kTransformed>
-using Transform = std::conditional_t<kTransformed, Transformed<A>, AsGiven<A>>;
 
 // From vectors of logits as they are given to those of the formula.
 template <typename A, int kCount>
 CE_INLINE void apply(const AsGiven<A>&, Vec<A> (&)[kCount]) {}
-template <typename A, int kCount>
-CE_INLINE void apply(const Transformed<A>& transform, Vec<A> (&x)[kCount]) {
-  if (transform.cap > 0) {
+template <typename A, Change kChange, int kCount>
+CE_INLINE void apply(const Transformed<A, kChange>& transform, Vec<A> (&x)[kCount]) {
+  if (transform.caps()) {
     transform.softcap.apply(x);
   } else {
     CE_UNROLL for (int i = 0; i < kCount; ++i) {
@@ -177,9 +180,9 @@ template <typename A>
 CE_INLINE Vec<A> capped(const AsGiven<A>&, Vec<A> gradient, Vec<A>) {
   return gradient;
 }
-template <typename A>
-CE_INLINE Vec<A> capped(const Transformed<A>& transform, Vec<A> gradient, Vec<A> z) {
-  return transform.cap > 0 ? gradient * transform.slope(z) : gradient;
+template <typename A, Change kChange>
+CE_INLINE Vec<A> capped(const Transformed<A, kChange>& transform, Vec<A> gradient, Vec<A> z) {
+  return transform.caps() ? gradient * transform.slope(z) : gradient;
 }
 
 template <typename A>
@@ -343,7 +346,7 @@ CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int
   return max(max(top[0], top[1]), max(top[2], top[3]));
 }
 
-template <typename T, bool kAlong, bool kLinear, bool kTransformed, bool kMoment>
+template <typename T, bool kAlong, bool kLinear, Change kChange, bool kMoment>
 void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
                         Exps<Acc<T>> kept, RowState<double>* states, [[maybe_unused]] Moment<double>* moments) {
   using A = Acc<T>;
@@ -353,7 +356,7 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
 
-  const Transform<A, kTransformed> transform(p);
+  const Transform<A, kChange> transform(p);
   const Vec<A> first = first_maximum<T, kAlong>(logits, begin, end, tile.rows);
   Accumulator<A, kAlong, kMoment> state(applied(transform, kAlong ? broadcast(reduce_max<A>(first)) : first));
   int64_t c = begin;
@@ -460,24 +463,37 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   }
 }
 
-// f of what a kernel is to be compiled for. One that has to do with entropy takes any logits for transformed.
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
+
+// f of what a kernel is to be compiled for: along, linear, the change, and whether it has to do with entropy. Along
+// rows without coefficients, where most calls go, there are kernels of one change alone.
 template <typename F>
 auto pick(const Problem& p, bool along, bool entropy, F&& f) {
-  constexpr std::true_type kYes;
-  constexpr std::false_type kNo;
-  const auto pick_transform = [&](auto a, auto linear) {
-    return entropy ? f(a, linear, kYes, kYes) : transforms(p) ? f(a, linear, kYes, kNo) : f(a, linear, kNo, kNo);
+  constexpr Constant<true> kYes;
+  constexpr Constant<false> kNo;
+  const auto pick_entropy = [&](auto a, auto linear, auto change) {
+    return entropy ? f(a, linear, change, kYes) : f(a, linear, change, kNo);
   };
-  const auto pick_linear = [&](auto a) {
-    return has_coefficients(p) ? pick_transform(a, kYes) : pick_transform(a, kNo);
+  const auto pick_change = [&](auto a, auto linear) {
+    if (!entropy && !transforms(p)) {
+      return f(a, linear, Constant<Change::kNone>(), kNo);
+    }
+    if constexpr (a && !linear) {
+      return p.softcap > 0 ? pick_entropy(a, linear, Constant<Change::kSoftcap>())
+                           : pick_entropy(a, linear, Constant<Change::kScale>());
+    } else {
+      return pick_entropy(a, linear, Constant<Change::kAny>());
+    }
   };
+  const auto pick_linear = [&](auto a) { return has_coefficients(p) ? pick_change(a, kYes) : pick_change(a, kNo); };
   return along ? pick_linear(kYes) : pick_linear(kNo);
 }
 
 template <typename T>
 Accumulate<Acc<T>>* accumulate(const Problem& p, bool along) {
-  return pick(p, along, p.entropy, [](auto a, auto linear, auto transformed, auto moment) {
-    return &accumulate_classes<T, a, linear, transformed, moment>;
+  return pick(p, along, p.entropy, [](auto a, auto linear, auto change, auto moment) {
+    return &accumulate_classes<T, a, linear, change, moment>;
   });
 }
 
@@ -565,7 +581,7 @@ void clear_classes(const Problem& p, Tile tile, int64_t begin, int64_t end) {
   }
 }
 
-template <typename T, bool kAlong, bool kLinear, bool kTransformed, bool kTilted>
+template <typename T, bool kAlong, bool kLinear, Change kChange, bool kTilted>
 void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, const TileGradient<Acc<T>>& rows,
                       int64_t begin, int64_t end, Exps<Acc<T>> kept_exps) {
   if (kAlong && !targets.kept[0]) {
@@ -578,7 +594,7 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   const TileView<T, kAlong> grad(p, p.grad, tile, columns);  // takes the place of the logits that have been used
   const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
-  const Transform<A, kTransformed> transform(p);
+  const Transform<A, kChange> transform(p);
   const Vec<A> top = spread<A, kAlong>(rows.max);
   const Vec<A> scale = spread<A, kAlong>(rows.scale) * transform.scale;
   const Vec<A> upstream = spread<A, kAlong>(rows.upstream) * transform.scale;
@@ -701,8 +717,8 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
 
 template <typename T>
 WriteGradient<Acc<T>>* gradient(const Problem& p, bool along) {
-  return pick(p, along, p.grad_entropy.data, [](auto a, auto linear, auto transformed, auto tilted) {
-    return &gradient_classes<T, a, linear, transformed, tilted>;
+  return pick(p, along, p.grad_entropy.data, [](auto a, auto linear, auto change, auto tilted) {
+    return &gradient_classes<T, a, linear, change, tilted>;
   });
 }
 
