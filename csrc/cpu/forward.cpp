@@ -31,11 +31,14 @@ struct TileDetails {
 // Whether to keep a row's exponentials for its gradient is faster than to compute them again. That is for the shape to
 // tell alone, so that the bits depend on nothing else. Half types are bound by arithmetic and gain most; only where a
 // row could not be streamed as a whole they lose. In float32 it is faster as long as everything stays in the caches.
+// With a softcap there is so much to compute again that it always is.
 template <typename T>
 bool keeps_exps(const Problem& p) {
   const int64_t row_bytes = p.classes * sizeof(T);
-  return sizeof(T) == 2 ? p.classes <= 1 << 18 && (row_bytes < kStreamedRow || row_bytes % 64 == 0)
-                        : p.classes <= 1 << 12 && p.rows * row_bytes <= 1 << 23;
+  const bool is_short = p.classes <= 1 << 18;
+  return p.softcap > 0    ? is_short
+         : sizeof(T) == 2 ? is_short && (row_bytes < kStreamedRow || row_bytes % 64 == 0)
+                          : p.classes <= 1 << 12 && p.rows * row_bytes <= 1 << 23;
 }
 
 // Whether the exponentials can be kept with a softcap's slope: all that is to be multiplied with it, and in its range.
