@@ -144,7 +144,7 @@ struct Named {
     } else if (name == "teacher_scale") {
       options.teacher_scale = number(value, who);
     } else if (name == "picked") {
-      picked = tensor(value, who);
+      picked = tensor(value, "probabilities");
     } else if (name == "spreads") {
       options.spreads = is_true(value);
     } else {

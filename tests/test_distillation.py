@@ -559,6 +559,7 @@ def test_compiled(backend, step):
         ({"target": torch.zeros(2, 3)}, ValueError, r"\btarget\b"),
         ({"softcap": 0.0}, ValueError, r"\bsoftcap\b"),
         ({"softcap": "much"}, TypeError, r"\bsoftcap\b"),
+        ({"zloss": 0.1}, TypeError, r"^distillation_loss\(\) got an unexpected keyword argument 'zloss'$"),
         ({"z_loss": -1.0}, ValueError, r"\bz_loss\b"),
         ({"divisor": 0}, ValueError, r"\bdivisor\b"),
         ({"divisor": 2, "reduction": "sum"}, ValueError, r"\bdivisor\b"),
