@@ -54,7 +54,11 @@ double number(py::handle object, const char* name, int position = kByName) {
   if (!PyFloat_Check(object.ptr()) && !PyLong_Check(object.ptr())) {
     wrong_type(name, position, "float", object);
   }
-  return PyFloat_AsDouble(object.ptr());
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1 && PyErr_Occurred()) {
+    throw py::error_already_set();
+  }
+  return value;
 }
 
 bool is_true(py::handle object) {

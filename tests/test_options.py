@@ -617,6 +617,11 @@ def test_values_of_a_wrong_type(argument, value):
     refuse({argument: value}, TypeError, rf"argument '{argument}' must be \w+, not {kind}$")
 
 
+@pytest.mark.parametrize("argument", ["label_smoothing", "z_loss", "softcap", "divisor", "logit_scale"])
+def test_integers_that_no_float_holds(argument):
+    refuse({argument: 10**400}, OverflowError, "int too large to convert to float")
+
+
 @pytest.mark.parametrize("name", ["zloss", "outputs", "logit_scale_tensor", "picked"])
 def test_options_that_are_not_known(name):
     refuse({name: 0.1}, TypeError, rf"^cross_entropy\(\) got an unexpected keyword argument '{name}'$")
