@@ -476,14 +476,13 @@ auto pick(const Problem& p, bool along, bool entropy, F&& f) {
     return entropy ? f(a, linear, change, kYes) : f(a, linear, change, kNo);
   };
   const auto pick_change = [&](auto a, auto linear) {
-    if (!entropy && !transforms(p)) {
-      return f(a, linear, Constant<Change::kNone>(), kNo);
-    }
+    constexpr Constant<Change::kNone> kNone;
     if constexpr (a && !linear) {
-      return p.softcap > 0 ? pick_entropy(a, linear, Constant<Change::kSoftcap>())
-                           : pick_entropy(a, linear, Constant<Change::kScale>());
+      return p.softcap > 0   ? pick_entropy(a, linear, Constant<Change::kSoftcap>())
+             : transforms(p) ? pick_entropy(a, linear, Constant<Change::kScale>())
+                             : pick_entropy(a, linear, kNone);
     } else {
-      return pick_entropy(a, linear, Constant<Change::kAny>());
+      return entropy || transforms(p) ? pick_entropy(a, linear, Constant<Change::kAny>()) : f(a, linear, kNone, kNo);
     }
   };
   const auto pick_linear = [&](auto a) { return has_coefficients(p) ? pick_change(a, kYes) : pick_change(a, kNo); };
