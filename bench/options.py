@@ -250,6 +250,11 @@ OPTIONS = {
         ),
         _all_options_in_torch,
     ),
+    "loss": Option(
+        "the loss as an output: of each row, with its gradient in the backward pass",
+        _outputs("loss"),
+        lambda given: lambda logits, target: F.cross_entropy(_wide(logits), target, reduction="none").mean(),
+    ),
     "log_prob": Option("the target's log-probability", _outputs("log_prob"), _outputs_in_torch(_log_prob_of)),
     "entropy": Option("the entropy", _outputs("entropy"), _outputs_in_torch(_entropy_of)),
     "log_prob+entropy": Option(
