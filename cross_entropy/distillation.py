@@ -8,7 +8,7 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from cross_entropy.functional import prepare_for
-from cross_entropy.options import Call, CallOptions, accumulator_of, shows_options, unexpected
+from cross_entropy.options import Call, CallOptions, accumulator_of, check_names, shows_options
 
 __all__ = ["distillation_loss", "topk_distillation_loss"]
 
@@ -59,8 +59,7 @@ def _run(
     """What both losses do with their arguments; `of_rows` are target and ignore_index."""
     if type(input) is not Tensor:
         prepare_for(input)
-    if unknown := given.keys() - TaughtOptions.__annotations__.keys():
-        raise unexpected("distillation_loss", min(unknown))
+    check_names("distillation_loss", given, TaughtOptions)
     if divergence not in DIVERGENCES:
         raise ValueError(f"distillation_loss: divergence must be one of {', '.join(DIVERGENCES)}. Got: {divergence!r}")
     if not isinstance(temperature, (int, float)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cross_entropy.functional import cross_entropy
-from cross_entropy.options import CallOptions, Options, unexpected
+from cross_entropy.options import CallOptions, Options, check_names
 
 __all__ = ["CrossEntropyLoss"]
 
@@ -35,8 +35,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         inplace: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        if unknown := options.keys() - Options.__annotations__.keys():
-            raise unexpected("CrossEntropyLoss", min(unknown))
+        check_names("CrossEntropyLoss", options, Options)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace = inplace
         self.options = tuple(options)

@@ -1,7 +1,7 @@
 """The options that torch's loss does not have: their forms, and the operators' arguments that they become."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import torch
@@ -86,8 +86,7 @@ def shows_options(function: F) -> F:
 
 
 def check_outputs(outputs: tuple[str, ...], logits: Tensor, target: Tensor | None, options: RowOptions) -> None:
-    if unknown := options.keys() - RowOptions.__annotations__.keys():
-        raise unexpected("row_stats", min(unknown))
+    check_names("row_stats", options, RowOptions)
     if not outputs:
         raise ValueError("row_stats: outputs is empty")
     for name in outputs:
@@ -105,6 +104,11 @@ def check_outputs(outputs: tuple[str, ...], logits: Tensor, target: Tensor | Non
 
 def unexpected(function: str, name: str) -> TypeError:
     return TypeError(f"{function}() got an unexpected keyword argument '{name}'")
+
+
+def check_names(function: str, given: Mapping[str, Any], known: type) -> None:
+    if unknown := given.keys() - known.__annotations__.keys():
+        raise unexpected(function, min(unknown))
 
 
 def accumulator_of(logits: Tensor) -> torch.dtype:
