@@ -33,7 +33,6 @@ def stats(
     logits: Tensor,
     target: Tensor | None,
     weight: Tensor | None,
-    reduction: int,
     ignore_index: int,
     label_smoothing: float,
     arguments: dict[str, Any],

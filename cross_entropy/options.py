@@ -199,14 +199,14 @@ class Call:
         bits = 0
         for name in names:
             bits |= BITS.get(name, 0)
-        others = weight, self.reduction, ignore_index, label_smoothing
         if is_compiling():
             target = self.target
             if target is None:
                 target = torch.zeros_like(self.input.select(min(1, self.input.dim() - 1), 0), dtype=torch.long)
-            results = torch.ops.cross_entropy.stats(bits, self.input, target, *others, True, **self.arguments)
+            operands = self.input, target, weight, NONE, ignore_index, label_smoothing
+            results = torch.ops.cross_entropy.stats(bits, *operands, True, **self.arguments)
         else:
-            results = _C.stats(bits, self.input, self.target, *others, self.arguments)
+            results = _C.stats(bits, self.input, self.target, weight, ignore_index, label_smoothing, self.arguments)
         asked = [results[PLACES[name]] for name in names]
         if "correct" in names:
             place = names.index("correct")

@@ -167,15 +167,15 @@ at::Tensor cross_entropy_with_options(py::handle input, py::handle target, py::h
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-ce::Stats stats(int64_t outputs, py::handle logits, py::handle target, py::handle weight, int64_t reduction,
-                py::handle ignore_index, py::handle label_smoothing, const py::dict& arguments) {
+ce::Stats stats(int64_t outputs, py::handle logits, py::handle target, py::handle weight, py::handle ignore_index,
+                py::handle label_smoothing, const py::dict& arguments) {
   HANDLE_TH_ERRORS
   const bool has_target = !target.is_none();
   Arguments a(logits, has_target ? target : logits, weight, ignore_index, label_smoothing);
   if (!has_target) {  // nothing depends on it, so any will do
     a.target = at::zeros_like(a.logits.select(ce::class_dim(a.logits), 0), at::kLong);
   }
-  const Named named(a, reduction, arguments);
+  const Named named(a, at::Reduction::None, arguments);
   const py::gil_scoped_release no_gil;
   return ce::op::stats(outputs, named.inputs(a).of_rows());
   END_HANDLE_TH_ERRORS_PYBIND
