@@ -15,6 +15,10 @@ struct NewGrad {
   bool streams = false;
 };
 
+// What a mean divides by, if that is not given: the number of rows, or the sum of their weights.
+bool is_own_mean(const Inputs& in);
+bool divides_by_weight(const Problem& problem, const Inputs& in);
+
 class HostBackend {
  public:
   explicit HostBackend(const at::Tensor&) {}

@@ -7,6 +7,13 @@
 
 #if defined(__x86_64__)
 
+#ifdef CE_SANITIZE
+// Of AVX-512 the sanitizers see no more than of AVX2, and they take long to compile.
+namespace ce::cpu {
+namespace avx2 {}
+namespace avx512 = avx2;
+}  // namespace ce::cpu
+#else
 #define CE_ISA avx512
 #define CE_VECTOR_BYTES 64
 #ifdef __clang__
@@ -24,6 +31,7 @@
 #endif
 #undef CE_ISA
 #undef CE_VECTOR_BYTES
+#endif
 
 #define CE_ISA avx2
 #define CE_VECTOR_BYTES 32

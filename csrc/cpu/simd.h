@@ -4,7 +4,11 @@
 namespace ce::cpu::CE_ISA {
 
 #define CE_INLINE inline __attribute__((always_inline))
+#ifdef CE_SANITIZE
+#define CE_UNROLL
+#else
 #define CE_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 typedef float Floats __attribute__((vector_size(CE_VECTOR_BYTES)));
 typedef double Doubles __attribute__((vector_size(CE_VECTOR_BYTES)));
