@@ -15,8 +15,9 @@ struct NewGrad {
   bool streams = false;
 };
 
-// What a mean divides by, if that is not given: the number of rows, or the sum of their weights.
+// Whether the reduction is a mean whose divisor is not given.
 bool is_own_mean(const Inputs& in);
+// Whether it is the sum of weights, and not the number of rows, that such a mean divides by.
 bool divides_by_weight(const Problem& problem, const Inputs& in);
 
 class HostBackend {

@@ -8,7 +8,7 @@
 #if defined(__x86_64__)
 
 #ifdef CE_SANITIZE
-// Of AVX-512 the sanitizers see no more than of AVX2, and they take long to compile.
+// The sanitizers do not see the masked loads and stores that AVX-512 has beyond AVX2, and take long to compile.
 namespace ce::cpu {
 namespace avx2 {}
 namespace avx512 = avx2;
