@@ -46,15 +46,15 @@ bool keeps_slope(const Problem& p) {
   return p.softcap == 0 || (!has_coefficients(p) && p.softcap > 1e-3 && p.softcap < 1e6);
 }
 
-// The exponentials of some tiles at a time, where they are kept.
+// The exponentials of some tiles at a time, where they are kept; the kernels that compute an entropy do not.
 template <typename T>
 class KeptExps {
  public:
   using A = Acc<T>;
 
   KeptExps(const Problem& p, const Tiling& tiling, int lanes, int64_t tiles) {
-    if (p.grad.data && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 && keeps_slope(p) &&
-        keeps_exps<T>(p)) {
+    if (p.grad.data && !p.entropy && tiling.along && p.logits.class_stride == 1 && p.grad.class_stride == 1 &&
+        keeps_slope(p) && keeps_exps<T>(p)) {
       references_ = p.classes;
       size_ = references_ + p.classes / (kGroup * lanes) + 1;
       memory_.reset(new A[tiles * size_]);
