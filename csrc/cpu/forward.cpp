@@ -158,17 +158,33 @@ struct LossPass {
     }
   }
 
+  // The logarithms of several rows' sums. Those that nobody asks for are 0.
+  void find_log_sums(Tile tile, const TileTargets<A>& targets, const Rows& rows, double (&log_sums)[kMaxLanes]) const {
+    for (int lane = 0; lane < kMaxLanes; ++lane) {
+      const bool is_needed = lane < tile.rows && (kMore || targets.kept[lane]);
+      log_sums[lane] = is_needed ? rows.states[lane].exps.sum : 1;
+    }
+    kernels.take_logs(log_sums, tile.rows);
+  }
+
   // Writes the rows' results and prepares their gradient.
   Gradient finish(Tile tile, const TileTargets<A>& targets, Rows& rows) const {
     if (kMore && p.picks > 0) {
       complete(tile, targets, rows);
     }
+    double log_sums[kMaxLanes];
+    if (tile.rows > 1) {
+      find_log_sums(tile, targets, rows, log_sums);
+    } else {
+      log_sums[0] = kMore || targets.kept[0] ? rows.states[0].exps.log_sum() : 0;
+    }
+    const RowOffsets offsets(p, tile, p.row_strides);
     Gradient gradient(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t row = tile.row + lane;
-      const int64_t offset = row_offset(p, row, p.row_strides);
+      const int64_t offset = offsets.of(lane);
       const RowState<double>& state = rows.states[lane];
-      const double log_sum = kMore || targets.kept[lane] ? state.exps.log_sum() : 0;
+      const double log_sum = log_sums[lane];
       write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss, log_sum) : 0);
       write_row<A>(p.max, offset, state.exps.max);
       write_row<A>(p.sum, offset, state.exps.sum);

@@ -687,14 +687,15 @@ CE_INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
 }
 
 // Up to kLanes rows of `count` adjacent elements to `count` vectors whose lanes run across the rows, and back.
-// `columns` has room for whole blocks of kLanes; lanes without a row are 0. The next rows are prefetched: the processor
-// does not foresee them.
+// `columns` has room for whole blocks of kLanes; lanes without a row are 0. The last block is a whole one that overlaps
+// the one before, if there is one. The next rows are prefetched: the processor does not foresee them.
 template <typename T>
 __attribute__((noinline)) void transpose_in(const T* p, int64_t row_stride, int rows, int64_t count,
                                             Vec<Acc<T>>* columns) {
   using A = Acc<T>;
-  for (int64_t c = 0; c < count; c += kLanes<A>) {
-    const int lanes = count - c < kLanes<A> ? static_cast<int>(count - c) : kLanes<A>;
+  const int lanes = count < kLanes<A> ? static_cast<int>(count) : kLanes<A>;
+  for (int64_t begin = 0; begin < count; begin += kLanes<A>) {
+    const int64_t c = begin + lanes > count ? count - lanes : begin;
     Vec<A> v[kLanes<A>];
     CE_UNROLL for (int row = 0; row < kLanes<A>; ++row) {
       v[row] = row < rows ? load(p + row * row_stride + c, 1, lanes) : Vec<A>{};
@@ -711,8 +712,9 @@ template <typename T>
 __attribute__((noinline)) void transpose_out(const Vec<Acc<T>>* columns, T* p, int64_t row_stride, int rows,
                                              int64_t count) {
   using A = Acc<T>;
-  for (int64_t c = 0; c < count; c += kLanes<A>) {
-    const int lanes = count - c < kLanes<A> ? static_cast<int>(count - c) : kLanes<A>;
+  const int lanes = count < kLanes<A> ? static_cast<int>(count) : kLanes<A>;
+  for (int64_t begin = 0; begin < count; begin += kLanes<A>) {
+    const int64_t c = begin + lanes > count ? count - lanes : begin;
     Vec<A> v[kLanes<A>];
     CE_UNROLL for (int i = 0; i < kLanes<A>; ++i) {
       v[i] = columns[c + i];

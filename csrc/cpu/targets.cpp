@@ -14,6 +14,7 @@ template <typename A, bool kWeighted>
 TargetSummary summarize_indices(const Problem& p, int64_t begin, int64_t end) {
   const A* weights = static_cast<const A*>(p.weight);
   TargetSummary summary;
+  int64_t kept = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t target = read_target(p, row);
     if (target == p.ignore_index) {
@@ -25,9 +26,14 @@ TargetSummary summarize_indices(const Problem& p, int64_t begin, int64_t end) {
       return summary;
     }
     const int64_t own = own_class(p, target);
-    const double weight = own < 0 ? 0.0 : weights ? double(weights[own]) : 1.0;
-    summary.weight += kWeighted ? weight * row_value<A>(p, p.row_weight, row, 1) : weight;
+    if constexpr (kWeighted) {
+      const double weight = own < 0 ? 0.0 : weights ? double(weights[own]) : 1.0;
+      summary.weight += weight * row_value<A>(p, p.row_weight, row, 1);
+    } else {
+      kept += own >= 0;
+    }
   }
+  summary.weight += kept;
   return summary;
 }
 
@@ -54,7 +60,7 @@ TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
     return summarize_picks<A>(p, begin, end);
   }
   if (has_indices(p)) {
-    return (p.row_weight.data ? summarize_indices<A, true> : summarize_indices<A, false>)(p, begin, end);
+    return (p.weight || p.row_weight.data ? summarize_indices<A, true> : summarize_indices<A, false>)(p, begin, end);
   }
   TargetSummary summary;
   for (int64_t row = begin; row < end; ++row) {

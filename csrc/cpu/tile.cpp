@@ -20,16 +20,18 @@ Tiling::Tiling(const Problem& p, int vector_lanes) {
 template <typename A>
 TileTargets<A>::TileTargets(const Problem& p, Tile tile) : any_kept(false) {
   const A* weights = static_cast<const A*>(p.weight);
+  const RowOffsets offsets(p, tile, p.target.strides);
+  const bool are_indices = has_indices(p);
   for (int lane = 0; lane < tile.rows; ++lane) {
     int64_t target = -1;
     kept[lane] = true;
-    if (has_indices(p)) {
-      target = read_target(p, tile.row + lane);
+    if (are_indices) {
+      target = read_index(p, offsets.of(lane));
       kept[lane] = target != p.ignore_index;
     } else if (p.target_type == TargetType::kTeacher || p.picks > 0) {
       kept[lane] = counts<A>(p, tile.row + lane);
     }
-    index[lane] = kept[lane] && has_indices(p) ? own_class(p, target) : -1;
+    index[lane] = kept[lane] && are_indices ? own_class(p, target) : -1;
     weight[lane] = index[lane] >= 0 && weights ? weights[index[lane]] : A(1);
     any_kept |= kept[lane];
   }

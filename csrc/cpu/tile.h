@@ -46,6 +46,16 @@ struct Tile {
   int rows;     // 1 when lanes run along the classes
 };
 
+// Where a tile's rows are in an operand.
+struct RowOffsets {
+  int64_t first, step;
+
+  RowOffsets(const Problem& p, Tile tile, const int64_t (&strides)[kMaxDims])
+      : first(row_offset(p, tile.row, strides)), step(strides[p.dims - 1]) {}
+
+  int64_t of(int lane) const { return first + lane * step; }
+};
+
 struct Tiling {
   bool along;    // lanes run along the classes
   int lanes;     // rows of a full tile
@@ -187,6 +197,8 @@ struct TileKernels {
   void (*logit_scale_gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileGradient<A>&,
                                int64_t begin, int64_t end, double* sum);
   void (*scale)(T* data, int64_t count, A factor);
+  // Replaces numbers by their logarithms, fast where all are ≥ 1. There is room for whole vectors, of numbers too.
+  void (*take_logs)(double* x, int count);
   // Merges into rows[lane] what the classes add to the divergence of each row.
   void (*diverge)(const Problem&, bool along, Tile, int64_t begin, int64_t end, RowDivergence<double>* rows);
   // The gradient of the logits, or of the teacher's.

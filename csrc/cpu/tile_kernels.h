@@ -51,10 +51,21 @@ void scale(T* data, int64_t count, Acc<T> factor) {
   }
 }
 
+inline void take_logs(double* x, int count) {
+  for (int i = 0; i < count; i += kLanes<double>) {
+    const Vec<double> v = load(x + i);
+    const auto is_usual = (v >= 1) & (v <= std::numeric_limits<double>::max());
+    store(x + i, log<double>(is_usual ? v : broadcast(1.0)));
+    for (int lane = 0; any_negative(~is_usual) && lane < kLanes<double>; ++lane) {
+      x[i + lane] = is_usual[lane] ? x[i + lane] : std::log(v[lane]);  // an unusual one changes no bit of the others
+    }
+  }
+}
+
 template <typename T>
 constexpr TileKernels<T> kTileKernels = {
-    kLanes<Acc<T>>,     accumulate<T>,           gradient<T>, place<T>,   sum_coefficients<T>,    target_gradient<T>,
-    weight_gradient<T>, logit_scale_gradient<T>, scale<T>,    diverge<T>, divergence_gradient<T>, gather_picks<T>,
-    write_picks<T>};
+    kLanes<Acc<T>>,     accumulate<T>,           gradient<T>, place<T>,  sum_coefficients<T>, target_gradient<T>,
+    weight_gradient<T>, logit_scale_gradient<T>, scale<T>,    take_logs, diverge<T>,          divergence_gradient<T>,
+    gather_picks<T>,    write_picks<T>};
 
 }  // namespace ce::cpu::CE_ISA
