@@ -48,9 +48,10 @@ struct DivergencePass {
   }
 
   Gradient finish(Tile tile, const TileTargets<A>& targets, const Rows& found) const {
+    const RowOffsets offsets(p, tile, p.row_strides);
     Gradient gradient(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
-      const int64_t offset = row_offset(p, tile.row + lane, p.row_strides);
+      const int64_t offset = offsets.of(lane);
       const RowDivergence<double>& row = found.rows[lane];
       const MaxSum<double> logits = row.logits(p.reverse), teacher = row.teacher(p.reverse);
       const double loss = row.value() + z_loss_of(logits, logits.log_sum(), p.z_loss);

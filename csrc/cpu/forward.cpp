@@ -175,7 +175,7 @@ struct LossPass {
     double log_sums[kMaxLanes];
     if (tile.rows > 1) {
       find_log_sums(tile, targets, rows, log_sums);
-    } else {
+    } else {  // a vector costs more than one logarithm
       log_sums[0] = kMore || targets.kept[0] ? rows.states[0].exps.log_sum() : 0;
     }
     const RowOffsets offsets(p, tile, p.row_strides);
