@@ -33,8 +33,7 @@ struct Backward {
     });
   }
 
-  MaxSum<A> exps(int64_t row) const {
-    const int64_t offset = row_offset(p, row, p.row_strides);
+  MaxSum<A> exps(int64_t offset) const {
     return {static_cast<const A*>(p.max)[offset], static_cast<const A*>(p.sum)[offset]};
   }
 
@@ -53,14 +52,16 @@ struct Backward {
     if (p.target_type == TargetType::kProbabilities && !p.coefficients) {
       kernels.sum_coefficients(p, tiling.along, tile, coefficients);
     }
+    const RowOffsets offsets(p, tile, p.row_strides);
     TileGradient<A> gradient(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t row = tile.row + lane;
+      const int64_t offset = offsets.of(lane);
       const PickedRow<A>* const picks = p.picks > 0 && targets.kept[lane] ? &Picks<A>(p, row).row : nullptr;
       if (picks) {
         coefficients[lane] = picks->coefficients(p.classes);
       } else if (p.coefficients) {
-        coefficients[lane] = static_cast<const A*>(p.coefficients)[row_offset(p, row, p.row_strides)];
+        coefficients[lane] = static_cast<const A*>(p.coefficients)[offset];
       } else if (targets.index[lane] >= 0) {
         coefficients[lane] += smoothing_of<A>(p).keep * targets.weight[lane];
       }
@@ -68,8 +69,8 @@ struct Backward {
       const RowUpstream<A> grads{kept ? upstream.of(row) : A(0), row_value<A>(p, p.grad_lse, row, 0),
                                  kept ? row_value<A>(p, p.grad_log_prob, row, 0) : A(0),
                                  row_value<A>(p, p.grad_entropy, row, 0)};
-      const A entropy = p.entropy ? static_cast<const A*>(p.entropy)[row_offset(p, row, p.row_strides)] : A(0);
-      const auto of_row = make_row_gradient<A>(exps(row), A(coefficients[lane]), A(p.z_loss), grads, entropy);
+      const A entropy = p.entropy ? static_cast<const A*>(p.entropy)[offset] : A(0);
+      const auto of_row = make_row_gradient<A>(exps(offset), A(coefficients[lane]), A(p.z_loss), grads, entropy);
       gradient.set(lane, picks ? picks->gradient_of_others(of_row) : of_row);
     }
     return gradient;
@@ -102,7 +103,9 @@ struct Backward {
   void picks() const {
     for_each_picked_row<A>(p, [&](int64_t row) {
       const A coefficients = Picks<A>(p, row).row.coefficients(p.classes);
-      kernels.write_picks(p, row, make_row_gradient<A>(exps(row), coefficients, A(p.z_loss), {upstream.of(row)}));
+      kernels.write_picks(
+          p, row,
+          make_row_gradient<A>(exps(row_offset(p, row, p.row_strides)), coefficients, A(p.z_loss), {upstream.of(row)}));
     });
   }
 
@@ -121,9 +124,10 @@ struct Backward {
   void divergence(bool of_teacher) const {
     for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
       const TileTargets<A> targets(p, tile);
+      const RowOffsets offsets(p, tile, p.row_strides);
       TileDivergence<A> gradient(tile);
       for (int lane = 0; lane < tile.rows; ++lane) {
-        const int64_t offset = row_offset(p, tile.row + lane, p.row_strides);
+        const int64_t offset = offsets.of(lane);
         const auto value = [&](const void* rows) { return static_cast<const A*>(rows)[offset]; };
         gradient.set(
             lane, divergence_gradient_of(p, {value(p.max), value(p.sum)}, {value(p.teacher_max), value(p.teacher_sum)},
@@ -134,9 +138,10 @@ struct Backward {
   }
 
   TileGradient<A> log_sums(Tile tile) const {
+    const RowOffsets offsets(p, tile, p.row_strides);
     TileGradient<A> rows(tile);
     for (int lane = 0; lane < tile.rows; ++lane) {
-      const MaxSum<A> row = exps(tile.row + lane);
+      const MaxSum<A> row = exps(offsets.of(lane));
       rows.set(lane, {row.max, row.log_sum(), upstream.of(tile.row + lane)});
     }
     return rows;
