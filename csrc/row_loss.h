@@ -116,16 +116,19 @@ struct RowState {
     exps.raise(top);
   }
 
-  // Adds what the pass left out: the part of the coefficient that only the target's index has.
+  // Adds what the pass left out: the part of the coefficient that only the target's index has. T may be a SIMD vector.
   CE_HOST_DEVICE void add(T coefficient, T logit) {
-    linear += coefficient * (logit == -INFINITY ? logit : logit - exps.max);
+    const T distance = logit - exps.max;
+    linear += coefficient * (logit == -INFINITY ? logit : distance);
     coefficients += coefficient;
   }
 
   CE_HOST_DEVICE T loss(T z_loss) const { return loss(z_loss, exps.log_sum()); }
   CE_HOST_DEVICE T loss(T z_loss, T log_sum) const {
-    return -(linear - coefficients * log_sum) + z_loss_of(exps, log_sum, z_loss);
+    return loss_of_logits(log_sum) + z_loss_of(exps, log_sum, z_loss);
   }
+  // Without the z-loss; T may be a SIMD vector.
+  CE_HOST_DEVICE T loss_of_logits(T log_sum) const { return -(linear - coefficients * log_sum); }
 
  private:
   // Linear terms of logits −∞ alone are ∞ or none, whatever they are relative to.

@@ -28,6 +28,8 @@ SHAPES = [
     (3, 4, 20),  # lanes across rows, with a rest
     (2, 21, 4, 9),  # segmentation
     (2, 3, 2, 2, 2),  # too few neighbouring rows for lanes across them
+    (2, 70, 300),  # more neighbouring rows than the CPU stages at a time
+    (2100, 12),  # more classes than it stages, where they are apart
     (3, 40000),  # three pieces, shared by the threads
 ]
 LAYOUTS = {
@@ -121,6 +123,35 @@ def test_tails(dtype):
             compare(logits, make_target(logits.shape, kind, dtype), dtype, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows(dtype):
+    """The CPU sums losses and weights in blocks of 16384 rows."""
+    logits, target = torch.randn(40000, 3).to(dtype), make_target((40000, 3), "index", dtype)
+    for weighted in (False, True):
+        compare(logits, target, dtype, weighted)
+    row_weight = torch.rand(40000)
+    loss = cross_entropy.cross_entropy(logits, target, row_weight=row_weight)
+    assert_close(loss, reference.cross_entropy(logits, target, row_weight=row_weight), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_ignored_columns(inplace, dtype):
+    """More of them than the CPU stages at a time, whose NaN nobody reads."""
+    logits, target = torch.randn(2, 70, 300).to(dtype), torch.randint(70, (2, 300))
+    ignored = slice(20, 270)
+    target[:, ignored] = -100
+    x = logits.double().clone().requires_grad_()
+    expected = reference.cross_entropy(x, target)
+    expected.backward()
+    logits[:, :, ignored] = torch.nan
+    logits.requires_grad_()
+    loss = cross_entropy.cross_entropy(logits * 1, target, inplace=inplace)
+    assert_close(loss, expected, dtype)
+    loss.backward()
+    assert_close(logits.grad, x.grad, dtype, scale=4)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_index_dtypes(dtype):
     logits = torch.randn(4, 9)
@@ -169,7 +200,11 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 70016), (700, 300), (2, 21, 200)], ids=["pieces", "rows", "across"])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 70016), (700, 300), (40000, 3), (2, 21, 3000)],  # rows in three blocks, whose losses are summed one by one
+    ids=["pieces", "rows", "narrow", "across"],
+)
 def test_same_bits_for_any_number_of_threads(shape, dtype):
     logits = torch.randn(shape).to(dtype).requires_grad_()
     target = make_target(shape, "index", dtype)

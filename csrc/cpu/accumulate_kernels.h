@@ -142,11 +142,11 @@ CE_INLINE Vec<Acc<T>> first_maximum(const TileView<const T, kAlong>& logits, int
 }
 
 template <typename T, bool kAlong, bool kLinear, Change kChange, bool kMoment>
-void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
-                        Exps<Acc<T>> kept, RowState<double>* states, [[maybe_unused]] Moment<double>* moments) {
+void accumulate_classes(const Problem& p, const Tile& tile, const TileTargets<Acc<T>>& targets, int64_t begin,
+                        int64_t end, Exps<Acc<T>> kept, TileStates& states, [[maybe_unused]] Moment<double>* moments) {
   using A = Acc<T>;
   constexpr int kStep = kClassStep<A, kAlong>;
-  Columns<A, kAlong> columns, probability_columns;
+  Room<A, kAlong> columns, probability_columns;
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
@@ -235,26 +235,64 @@ void accumulate_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& 
   }
   state.close_block();
   const auto& sums = state.piece;
-
   A at_target[kLanes<A>];
   store(at_target, applied(transform, target_logits(logits, targets, tile.rows, begin, end)));
-  for (int lane = 0; lane < tile.rows; ++lane) {
+  [[maybe_unused]] const auto put_moment = [&](int lane, A moment, const MaxSum<double>& row) {
+    const Moment<double> found{moment};
+    moments[lane] = begin == 0 ? found : moments[lane].merge(states.exps(lane), found, row);
+  };
+  const A keep = coefficients.smoothing.keep;
+  if constexpr (kAlong) {
     RowState<double> row;
-    row.exps.sum = kAlong ? reduce_sum<A>(sums.exps) : sums.exps[lane];
-    row.exps.max = row.exps.sum == 0 ? -INFINITY : state.reference[lane];
+    row.exps.sum = reduce_sum<A>(sums.exps);
+    row.exps.max = row.exps.sum == 0 ? -INFINITY : state.reference[0];
     if (kLinear) {
-      row.linear = kAlong ? reduce_sum<A>(sums.linear) : sums.linear[lane];
-      row.coefficients = kAlong ? reduce_sum<A>(sums.coefficients) : sums.coefficients[lane];
+      row.linear = reduce_sum<A>(sums.linear);
+      row.coefficients = reduce_sum<A>(sums.coefficients);
     }
-    const int64_t target = targets.index[lane];
-    if (target >= begin && target < end) {
-      row.add(targets.weight[lane] * coefficients.smoothing.keep, at_target[lane]);
+    if (targets.index[0] >= begin && targets.index[0] < end) {
+      row.add(targets.weight[0] * keep, at_target[0]);
     }
     if constexpr (kMoment) {
-      const Moment<double> moment{kAlong ? reduce_sum<A>(sums.moment) : sums.moment[lane]};
-      moments[lane] = begin == 0 ? moment : moments[lane].merge(states[lane].exps, moment, row.exps);
+      put_moment(0, reduce_sum<A>(sums.moment), row.exps);
     }
-    states[lane] = begin == 0 ? row : states[lane].merge(row);
+    states.set(0, begin == 0 ? row : states.get(0).merge(row));
+  } else {
+    A top[kLanes<A>], exps[kLanes<A>], linear[kLanes<A>], row_coefficients[kLanes<A>], target_coefficients[kLanes<A>];
+    store(top, sums.exps == 0 ? broadcast(A(-INFINITY)) : state.reference);
+    store(exps, sums.exps);
+    store(linear, sums.linear);
+    store(row_coefficients, sums.coefficients);
+    store(target_coefficients, load(targets.weight) * keep);
+    for (int lane = 0; kMoment && lane < tile.rows; ++lane) {
+      put_moment(lane, sums.moment[lane], {top[lane], exps[lane]});
+    }
+    const auto put = [&](TileStates& into) {
+      for (int lane = 0; lane < kLanes<A>; lane += kLanes<double>) {
+        const RowState<Doubles> others{{load_doubles(top + lane), load_doubles(exps + lane)},
+                                       load_doubles(linear + lane),
+                                       load_doubles(row_coefficients + lane)};
+        RowState<Doubles> row = others;
+        row.add(load_doubles(target_coefficients + lane), load_doubles(at_target + lane));
+        Int64s index;
+        __builtin_memcpy(&index, targets.index + lane, sizeof(index));
+        const auto has_target = (index >= begin) & (index < end);
+        store(into.max + lane, row.exps.max);
+        store(into.sum + lane, row.exps.sum);
+        store(into.linear + lane, has_target ? row.linear : others.linear);
+        store(into.coefficients + lane, has_target ? row.coefficients : others.coefficients);
+      }
+    };
+    if (begin == 0) {
+      put(states);
+    } else {
+      TileStates found;
+      found.clear();
+      put(found);
+      for (int lane = 0; lane < tile.rows; ++lane) {
+        states.set(lane, states.get(lane).merge(found.get(lane)));
+      }
+    }
   }
 }
 

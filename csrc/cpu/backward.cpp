@@ -46,14 +46,14 @@ struct Backward {
     return shared[0];
   }
 
-  TileGradient<A> gradient_of(Tile tile, const TileTargets<A>& targets, double shared) const {
+  TileGradient<A> gradient_of(const Tile& tile, const TileTargets<A>& targets, double shared) const {
     double coefficients[kMaxLanes];
     std::fill(coefficients, coefficients + kMaxLanes, shared);
     if (p.target_type == TargetType::kProbabilities && !p.coefficients) {
       kernels.sum_coefficients(p, tiling.along, tile, coefficients);
     }
     const RowOffsets offsets(p, tile, p.row_strides);
-    TileGradient<A> gradient(tile);
+    TileGradient<A> gradient(tile, tiling.lanes);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t row = tile.row + lane;
       const int64_t offset = offsets.of(lane);
@@ -89,12 +89,23 @@ struct Backward {
     }
     const double shared = shared_coefficients();
     WriteGradient<A>* const write_gradient = kernels.gradient(p, tiling.along);
-    for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
-      TileTargets<A> targets(p, tile);
+    const auto write = [&](const Tile& tile, int64_t begin, int64_t end) {
+      TileTargets<A> targets(p, tile, tiling.lanes);
       const TileGradient<A> gradient = gradient_of(tile, targets, shared);
       keep_reached(targets);
       write_gradient(p, tile, targets, gradient, begin, end, {});
-    });
+    };
+    if (tiling.staged == 0) {
+      for_each_piece([&](const Tile& tile, int64_t begin, int64_t end, int64_t) { write(tile, begin, end); });
+    } else {
+      at::parallel_for(0, tiling.tiles, tiling.grain(p, tiling.tiles), [&](int64_t first, int64_t last) {
+        const FlushSubnormals flush;
+        for_each_tile(p, kernels, tiling, first, last, [&](const Tile& tile, const auto& fetch) {
+          fetch();
+          write(tile, 0, p.classes);
+        });
+      });
+    }
     if (p.picks > 0) {
       picks();
     }
@@ -112,8 +123,8 @@ struct Backward {
   void logit_scale() const {
     const double shared = shared_coefficients();
     std::vector<double> sums(tiling.tiles * tiling.pieces);
-    for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t i) {
-      TileTargets<A> targets(p, tile);
+    for_each_piece([&](const Tile& tile, int64_t begin, int64_t end, int64_t i) {
+      TileTargets<A> targets(p, tile, tiling.lanes);
       const TileGradient<A> gradient = gradient_of(tile, targets, shared);
       keep_reached(targets);
       kernels.logit_scale_gradient(p, tiling.along, tile, targets, gradient, begin, end, &sums[i]);
@@ -122,10 +133,10 @@ struct Backward {
   }
 
   void divergence(bool of_teacher) const {
-    for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
-      const TileTargets<A> targets(p, tile);
+    for_each_piece([&](const Tile& tile, int64_t begin, int64_t end, int64_t) {
+      const TileTargets<A> targets(p, tile, tiling.lanes);
       const RowOffsets offsets(p, tile, p.row_strides);
-      TileDivergence<A> gradient(tile);
+      TileDivergence<A> gradient(tile, tiling.lanes);
       for (int lane = 0; lane < tile.rows; ++lane) {
         const int64_t offset = offsets.of(lane);
         const auto value = [&](const void* rows) { return static_cast<const A*>(rows)[offset]; };
@@ -137,9 +148,9 @@ struct Backward {
     });
   }
 
-  TileGradient<A> log_sums(Tile tile) const {
+  TileGradient<A> log_sums(const Tile& tile) const {
     const RowOffsets offsets(p, tile, p.row_strides);
-    TileGradient<A> rows(tile);
+    TileGradient<A> rows(tile, tiling.lanes);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const MaxSum<A> row = exps(offsets.of(lane));
       rows.set(lane, {row.max, row.log_sum(), upstream.of(tile.row + lane)});
@@ -148,7 +159,7 @@ struct Backward {
   }
 
   void target() const {
-    for_each_piece([&](Tile tile, int64_t begin, int64_t end, int64_t) {
+    for_each_piece([&](const Tile& tile, int64_t begin, int64_t end, int64_t) {
       kernels.target_gradient(p, tiling.along, tile, log_sums(tile), begin, end);
     });
   }

@@ -30,7 +30,7 @@ struct DivergencePass {
   NoExps keep(int64_t) const { return {}; }
   bool is_read(const TileTargets<A>& targets) const { return targets.any_kept; }
 
-  void accumulate(Tile tile, const TileTargets<A>&, int64_t piece, int, Rows& found) const {
+  void accumulate(const Tile& tile, const TileTargets<A>&, int64_t piece, int, Rows& found) const {
     const int64_t begin = piece * kPiece;
     kernels.diverge(p, tiling.along, tile, begin, std::min(p.classes, begin + kPiece), found.rows);
   }
@@ -41,15 +41,16 @@ struct DivergencePass {
     }
   }
 
-  void write_gradient(Tile tile, const TileTargets<A>& targets, const Gradient& gradient, int64_t piece, int) const {
+  void write_gradient(const Tile& tile, const TileTargets<A>& targets, const Gradient& gradient, int64_t piece,
+                      int) const {
     const int64_t begin = piece * kPiece;
     kernels.divergence_gradient(p, tiling.along, tile, targets, gradient, /*of_teacher=*/false, begin,
                                 std::min(p.classes, begin + kPiece));
   }
 
-  Gradient finish(Tile tile, const TileTargets<A>& targets, const Rows& found) const {
+  Gradient finish(const Tile& tile, const TileTargets<A>& targets, const Rows& found) const {
     const RowOffsets offsets(p, tile, p.row_strides);
-    Gradient gradient(tile);
+    Gradient gradient(tile, tiling.lanes);
     for (int lane = 0; lane < tile.rows; ++lane) {
       const int64_t offset = offsets.of(lane);
       const RowDivergence<double>& row = found.rows[lane];

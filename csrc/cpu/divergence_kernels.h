@@ -9,8 +9,8 @@ struct Side {
   TileView<const T, kAlong> view;
   Transformed<A> transform;
 
-  CE_INLINE Side(const Problem& p, const Input& operand, LogitTransform<A> to_formula, Tile tile,
-                 Columns<A, kAlong>& room)
+  CE_INLINE Side(const Problem& p, const Input& operand, LogitTransform<A> to_formula, const Tile& tile,
+                 Room<A, kAlong>& room)
       : view(p, operand, tile, room), transform(to_formula) {}
 
   template <int kRunOf, int kCount>
@@ -33,10 +33,10 @@ struct Side {
 template <typename T, bool kAlong>
 struct Sides {
   using A = Acc<T>;
-  Columns<A, kAlong> logits_room, teacher_room;
+  Room<A, kAlong> logits_room, teacher_room;
   const Side<T, kAlong> logits, teacher;
 
-  CE_INLINE Sides(const Problem& p, Tile tile)
+  CE_INLINE Sides(const Problem& p, const Tile& tile)
       : logits(p, p.logits, transform_of<A>(p), tile, logits_room),
         teacher(p, p.target, teacher_transform_of<A>(p), tile, teacher_room) {}
 };
@@ -116,7 +116,7 @@ struct DivergenceAccumulator {
 };
 
 template <typename T, bool kAlong>
-void diverge_classes(const Problem& p, Tile tile, int64_t begin, int64_t end, RowDivergence<double>* rows) {
+void diverge_classes(const Problem& p, const Tile& tile, int64_t begin, int64_t end, RowDivergence<double>* rows) {
   using A = Acc<T>;
   constexpr int kStep = kClassStep<A, kAlong>;
   constexpr int kSize = 4;
@@ -161,13 +161,13 @@ void diverge_classes(const Problem& p, Tile tile, int64_t begin, int64_t end, Ro
 }
 
 template <typename T>
-void diverge(const Problem& p, bool along, Tile tile, int64_t begin, int64_t end, RowDivergence<double>* rows) {
+void diverge(const Problem& p, bool along, const Tile& tile, int64_t begin, int64_t end, RowDivergence<double>* rows) {
   (along ? diverge_classes<T, true> : diverge_classes<T, false>)(p, tile, begin, end, rows);
 }
 
 // `kOf`: of the softmax of which the divergence is.
 template <typename T, bool kAlong, bool kOf>
-void divergence_gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets,
+void divergence_gradient_classes(const Problem& p, const Tile& tile, const TileTargets<Acc<T>>& targets,
                                  const TileDivergence<Acc<T>>& rows, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int kStep = kClassStep<A, kAlong>;
@@ -247,7 +247,7 @@ void divergence_gradient_classes(const Problem& p, Tile tile, const TileTargets<
 }
 
 template <typename T>
-void divergence_gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets,
+void divergence_gradient(const Problem& p, bool along, const Tile& tile, const TileTargets<Acc<T>>& targets,
                          const TileDivergence<Acc<T>>& rows, bool of_teacher, int64_t begin, int64_t end) {
   if (along && !targets.kept[0]) {
     clear_classes<T>(p, tile, begin, end);

@@ -19,9 +19,9 @@ struct TileDetails {
   }
 
   // As states `mine` are merged with `others`, of which `other` are the details.
-  void merge(const TileDetails& other, const RowState<double>* mine, const RowState<double>* others, int rows) {
+  void merge(const TileDetails& other, const TileStates& mine, const TileStates& others, int rows) {
     for (int lane = 0; lane < rows; ++lane) {
-      moments[lane] = moments[lane].merge(mine[lane].exps, other.moments[lane], others[lane].exps);
+      moments[lane] = moments[lane].merge(mine.exps(lane), other.moments[lane], others.exps(lane));
       places[lane] = places[lane].merge(other.places[lane]);
       target_logits[lane] += other.target_logits[lane];
     }
@@ -73,9 +73,16 @@ class KeptExps {
 
 const TileDetails kNoDetails;
 
+template <typename A, typename Value>
+void write_rows(void* results, const Tile& tile, const RowOffsets& offsets, const Value* values) {
+  for (int lane = 0; results && lane < tile.rows; ++lane) {
+    static_cast<A*>(results)[offsets.of(lane)] = static_cast<A>(values[lane]);
+  }
+}
+
 // Whether there is more to a call than what torch's loss of indices needs.
 bool asks_for_more(const Problem& p) {
-  return has_stats(p) || p.lse || p.linear || p.picks > 0;
+  return has_stats(p) || p.lse || p.linear || p.picks > 0 || p.z_loss != 0;
 }
 
 // `kMore` is asks_for_more(): the others shall not pay for it with each row.
@@ -85,8 +92,10 @@ struct LossPass {
   using A = Acc<T>;
   using Gradient = TileGradient<A>;
   struct Rows {
-    RowState<double> states[kMaxLanes];
+    TileStates states;
     std::optional<TileDetails> details;
+
+    Rows() { states.clear(); }
   };
 
   const Problem& p;
@@ -111,7 +120,7 @@ struct LossPass {
   // A tile of ignored rows is read only for what does not depend on the targets.
   bool is_read(const TileTargets<A>& targets) const { return targets.any_kept || (kMore && reads_ignored_rows(p)); }
 
-  void accumulate(Tile tile, const TileTargets<A>& targets, int64_t piece, Exps<A> exps, Rows& rows) const {
+  void accumulate(const Tile& tile, const TileTargets<A>& targets, int64_t piece, Exps<A> exps, Rows& rows) const {
     const int64_t begin = piece * kPiece, end = std::min(p.classes, begin + kPiece);
     if (kMore && has_details && !rows.details) {
       rows.details.emplace();
@@ -130,11 +139,11 @@ struct LossPass {
       into.details->merge(*more.details, into.states, more.states, rows);
     }
     for (int lane = 0; lane < rows; ++lane) {
-      into.states[lane] = into.states[lane].merge(more.states[lane]);
+      into.states.set(lane, into.states.get(lane).merge(more.states.get(lane)));
     }
   }
 
-  void write_gradient(Tile tile, const TileTargets<A>& targets, const Gradient& gradient, int64_t piece,
+  void write_gradient(const Tile& tile, const TileTargets<A>& targets, const Gradient& gradient, int64_t piece,
                       Exps<A> exps) const {
     const int64_t begin = piece * kPiece;
     write_gradient_of_classes(p, tile, targets, gradient, begin, std::min(p.classes, begin + kPiece), exps);
@@ -150,63 +159,89 @@ struct LossPass {
   }
 
   // Adds the picks' part to what their rows have.
-  void complete(Tile tile, const TileTargets<A>& targets, Rows& rows) const {
+  void complete(const Tile& tile, const TileTargets<A>& targets, Rows& rows) const {
     for (int lane = 0; lane < tile.rows; ++lane) {
       if (targets.kept[lane]) {
-        rows.states[lane] = Picks<A>(p, tile.row + lane).row.complete(rows.states[lane]);
+        rows.states.set(lane, Picks<A>(p, tile.row + lane).row.complete(rows.states.get(lane)));
       }
     }
   }
 
-  // The logarithms of several rows' sums. Those that nobody asks for are 0.
-  void find_log_sums(Tile tile, const TileTargets<A>& targets, const Rows& rows, double (&log_sums)[kMaxLanes]) const {
-    for (int lane = 0; lane < kMaxLanes; ++lane) {
-      const bool is_needed = lane < tile.rows && (kMore || targets.kept[lane]);
-      log_sums[lane] = is_needed ? rows.states[lane].exps.sum : 1;
+  // The logarithms of the rows' sums.
+  void find_log_sums(const Tile& tile, const TileTargets<A>& targets, const TileStates& states,
+                     double* log_sums) const {
+    if (tile.rows == 1) {  // a vector costs more than one logarithm
+      log_sums[0] = kMore || targets.kept[0] ? states.exps(0).log_sum() : 0;
+      return;
     }
+    std::copy(states.sum, states.sum + kMaxLanes, log_sums);
     kernels.take_logs(log_sums, tile.rows);
   }
 
-  // Writes the rows' results and prepares their gradient.
-  Gradient finish(Tile tile, const TileTargets<A>& targets, Rows& rows) const {
-    if (kMore && p.picks > 0) {
-      complete(tile, targets, rows);
-    }
-    double log_sums[kMaxLanes];
-    if (tile.rows > 1) {
-      find_log_sums(tile, targets, rows, log_sums);
-    } else {  // a vector costs more than one logarithm
-      log_sums[0] = kMore || targets.kept[0] ? rows.states[0].exps.log_sum() : 0;
-    }
-    const RowOffsets offsets(p, tile, p.row_strides);
-    Gradient gradient(tile);
+  void write_more(const Tile& tile, const TileTargets<A>& targets, const RowOffsets& offsets, const Rows& rows,
+                  const double* log_sums) const {
     for (int lane = 0; lane < tile.rows; ++lane) {
-      const int64_t row = tile.row + lane;
       const int64_t offset = offsets.of(lane);
-      const RowState<double>& state = rows.states[lane];
-      const double log_sum = log_sums[lane];
-      write_row<A>(p.loss, offset, targets.kept[lane] ? state.loss(p.z_loss, log_sum) : 0);
-      write_row<A>(p.max, offset, state.exps.max);
-      write_row<A>(p.sum, offset, state.exps.sum);
-      if (kMore && p.linear) {
+      const RowState<double> state = rows.states.get(lane);
+      if (p.linear) {
         write_row<A>(p.linear, offset, state.linear);
         write_row<A>(p.coefficients, offset, state.coefficients);
       }
-      if (kMore && p.lse) {
-        write_row<A>(p.lse, offset, state.exps.lse(log_sum));
+      if (p.lse) {
+        write_row<A>(p.lse, offset, state.exps.lse(log_sums[lane]));
       }
-      if (kMore && has_details) {
-        write_details(lane, offset, targets.kept[lane], state, log_sum, rows.details ? *rows.details : kNoDetails);
-      }
-      if (p.grad.data) {
-        const MaxSum<A> exps{A(state.exps.max), A(state.exps.sum)};
-        RowGradient<A> of_row = make_row_gradient<A>(exps, A(state.coefficients), A(p.z_loss), {upstream.of(row)});
-        if (kMore && p.picks > 0 && targets.kept[lane]) {
-          of_row = Picks<A>(p, row).row.gradient_of_others(of_row);
-        }
-        gradient.set(lane, of_row);
+      if (has_details) {
+        write_details(lane, offset, targets.kept[lane], state, log_sums[lane],
+                      rows.details ? *rows.details : kNoDetails);
       }
     }
+  }
+
+  Gradient make_gradient(const Tile& tile, const TileTargets<A>& targets, const TileStates& states,
+                         const A* upstreams) const {
+    Gradient gradient(tile, tiling.lanes);
+    for (int lane = 0; lane < tile.rows; ++lane) {
+      const RowState<double> state = states.get(lane);
+      RowGradient<A> of_row = make_row_gradient<A>({A(state.exps.max), A(state.exps.sum)}, A(state.coefficients),
+                                                   A(p.z_loss), {upstreams[lane]});
+      if (kMore && p.picks > 0 && targets.kept[lane]) {
+        of_row = Picks<A>(p, tile.row + lane).row.gradient_of_others(of_row);
+      }
+      gradient.set(lane, of_row);
+    }
+    return gradient;
+  }
+
+  // Writes the rows' results and prepares their gradient.
+  Gradient finish(const Tile& tile, const TileTargets<A>& targets, Rows& rows) const {
+    const RowOffsets offsets(p, tile, p.row_strides);
+    const TileStates& states = rows.states;
+    A losses[kMaxLanes], upstreams[kMaxLanes];
+    Gradient gradient(tile, tiling.lanes);
+    for (int lane = 0; p.grad.data && lane < tile.rows; ++lane) {
+      upstreams[lane] = upstream.of(tile.row + lane);
+    }
+    if (!kMore && tile.rows > 1) {
+      kernels.finish_rows(targets, states, p.grad.data ? upstreams : nullptr, losses, gradient);
+    } else {
+      if (p.picks > 0) {
+        complete(tile, targets, rows);
+      }
+      double log_sums[kMaxLanes];
+      find_log_sums(tile, targets, states, log_sums);
+      for (int lane = 0; lane < tile.rows; ++lane) {
+        losses[lane] = targets.kept[lane] ? A(states.get(lane).loss(p.z_loss, log_sums[lane])) : A(0);
+      }
+      if (kMore) {
+        write_more(tile, targets, offsets, rows, log_sums);
+      }
+      if (p.grad.data) {
+        gradient = make_gradient(tile, targets, states, upstreams);
+      }
+    }
+    write_rows<A>(p.loss, tile, offsets, losses);
+    write_rows<A>(p.max, tile, offsets, states.max);
+    write_rows<A>(p.sum, tile, offsets, states.sum);
     return gradient;
   }
 };

@@ -1,6 +1,7 @@
 // How the forward passes go over a problem's tiles. What a pass finds of their rows, and how, is its own: it has
 //
-//     T, p, tiling     the element type, the problem, its tiles
+//     T, p, kernels    the element type, the problem, its kernels
+//     tiling           the problem's tiles
 //     Rows             what is found of a tile's rows, or of one of their pieces
 //     Gradient         what the gradient of a tile's rows is made from
 //     keep(tiles)      what it keeps of the elements for the gradient, of so many tiles at a time: .of(i)
@@ -8,11 +9,13 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include <ATen/Parallel.h>
 
-#include "tile.h"
+#include "row_blocks.h"
+#include "stage.h"
 
 namespace ce::cpu {
 
@@ -32,12 +35,12 @@ void forward_by_tile(const Pass& pass) {
     const FlushSubnormals flush;
     typename Pass::Rows rows;
     const auto kept = pass.keep(1);
-    for (int64_t i = begin; i < end; ++i) {
-      const Tile tile = tiling.tile(i);
-      const TileTargets<typename Pass::A> targets(p, tile);
+    for_each_tile(p, pass.kernels, tiling, begin, end, [&](const Tile& tile, const auto& fetch) {
+      const TileTargets<typename Pass::A> targets(p, tile, tiling.lanes);
       if (!pass.is_read(targets)) {
         rows = typename Pass::Rows();
       } else {
+        fetch();
         for (int64_t piece = 0; piece < tiling.pieces; ++piece) {
           pass.accumulate(tile, targets, piece, kept.of(0), rows);
         }
@@ -46,7 +49,7 @@ void forward_by_tile(const Pass& pass) {
       for (int64_t piece = 0; p.grad.data && piece < tiling.pieces; ++piece) {
         pass.write_gradient(tile, targets, gradient, piece, kept.of(0));
       }
-    }
+    });
   });
 }
 
@@ -63,11 +66,11 @@ void forward_by_piece(const Pass& pass, int64_t first, int64_t last, const Kept&
       const FlushSubnormals flush;
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = tiling.tile(first + i / tiling.pieces);
-        f(i, tile, Targets(p, tile), i % tiling.pieces);
+        f(i, tile, Targets(p, tile, tiling.lanes), i % tiling.pieces);
       }
     });
   };
-  for_each_piece([&](int64_t i, Tile tile, const Targets& targets, int64_t piece) {
+  for_each_piece([&](int64_t i, const Tile& tile, const Targets& targets, int64_t piece) {
     if (pass.is_read(targets)) {
       pass.accumulate(tile, targets, piece, kept.of(i / tiling.pieces), found[i]);
     }
@@ -79,33 +82,45 @@ void forward_by_piece(const Pass& pass, int64_t first, int64_t last, const Kept&
     for (int64_t piece = 1; piece < tiling.pieces; ++piece) {
       pass.merge(merged, found[t * tiling.pieces + piece], tile.rows);
     }
-    gradients.push_back(pass.finish(tile, Targets(p, tile), merged));
+    gradients.push_back(pass.finish(tile, Targets(p, tile, tiling.lanes), merged));
   }
   if (p.grad.data) {
-    for_each_piece([&](int64_t i, Tile tile, const Targets& targets, int64_t piece) {
+    for_each_piece([&](int64_t i, const Tile& tile, const Targets& targets, int64_t piece) {
       const int64_t t = i / tiling.pieces;
       pass.write_gradient(tile, targets, gradients[t], piece, kept.of(t));
     });
   }
 }
 
+// Σ loss of a block's rows. −0 is the identity of addition: the total of losses of −0 is −0, as it is without a
+// reduction.
 template <typename A, bool kWeighted>
-void sum_losses(const Problem& p) {
-  // Two stages with a fixed number of sums, so that the order is the same for any number of threads. −0 is the
-  // identity of addition: the total of losses of −0 is −0, as it is without a reduction.
+double sum_block(const Problem& p, int64_t begin, int64_t end) {
   constexpr int kSums = 8;
   double sums[kSums];
   std::fill(sums, sums + kSums, -0.0);
   const A* loss = static_cast<const A*>(p.loss);
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const double of_row = loss[row_offset(p, row, p.row_strides)];
-    sums[row % kSums] += kWeighted ? of_row * row_value<A>(p, p.row_weight, row, 1) : of_row;
+  if constexpr (kWeighted) {
+    for (int64_t row = begin; row < end; ++row) {
+      sums[row % kSums] += loss[row_offset(p, row, p.row_strides)] * double(row_value<A>(p, p.row_weight, row, 1));
+    }
+  } else {  // in the order of memory, where the losses are without gaps
+    for (; begin + kSums <= end; begin += kSums) {
+      for (int i = 0; i < kSums; ++i) {
+        sums[i] += loss[begin + i];
+      }
+    }
+    for (; begin < end; ++begin) {
+      sums[begin % kSums] += loss[begin];
+    }
   }
-  double total = -0.0;
-  for (const double sum : sums) {
-    total += sum;
-  }
-  *static_cast<A*>(p.total) = static_cast<A>(total / p.divisor.value);
+  return std::accumulate(sums, sums + kSums, -0.0);
+}
+
+template <typename A, bool kWeighted>
+void sum_losses(const Problem& p) {
+  const auto blocks = for_each_block(p, sum_block<A, kWeighted>);
+  *static_cast<A*>(p.total) = static_cast<A>(std::accumulate(blocks.begin(), blocks.end(), -0.0) / p.divisor.value);
 }
 
 // Calls f(row) for all rows with picks that are read.

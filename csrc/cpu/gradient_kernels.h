@@ -5,8 +5,8 @@ namespace ce::cpu::CE_ISA {
 
 // The gradient of one row that has none.
 template <typename T>
-void clear_classes(const Problem& p, Tile tile, int64_t begin, int64_t end) {
-  Columns<Acc<T>, true> columns;
+void clear_classes(const Problem& p, const Tile& tile, int64_t begin, int64_t end) {
+  Room<Acc<T>, true> columns;
   const TileView<T, true> grad(p, p.grad, tile, columns);
   for (int64_t c = begin; c < end; c += kLanes<Acc<T>>) {
     grad.set(c, lanes_at<Acc<T>, true>(c, end, 1), Vec<Acc<T>>{});
@@ -14,15 +14,15 @@ void clear_classes(const Problem& p, Tile tile, int64_t begin, int64_t end) {
 }
 
 template <typename T, bool kAlong, bool kLinear, Change kChange, bool kTilted>
-void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, const TileGradient<Acc<T>>& rows,
-                      int64_t begin, int64_t end, Exps<Acc<T>> kept_exps) {
+void gradient_classes(const Problem& p, const Tile& tile, const TileTargets<Acc<T>>& targets,
+                      const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end, Exps<Acc<T>> kept_exps) {
   if (kAlong && !targets.kept[0]) {
     return clear_classes<T>(p, tile, begin, end);
   }
   using A = Acc<T>;
   using Row = RowGradient<A>;
   constexpr int kStep = kClassStep<A, kAlong>;
-  Columns<A, kAlong> columns, probability_columns;
+  Room<A, kAlong> columns, probability_columns;
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   const TileView<T, kAlong> grad(p, p.grad, tile, columns);  // takes the place of the logits that have been used
   const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
@@ -48,7 +48,8 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
   const Vec<A> target_element =
       Row::element(target_exps, load(target_coefficients), factor_at(target_distances[0]), upstream) +
       spread<A, kAlong>(rows.log_prob) * transform.scale;
-  store(target_grad, capped(transform, target_element, z_target));
+  const Vec<A> target_column = capped(transform, target_element, z_target);
+  store(target_grad, target_column);
 
   const auto kept = kept_lanes<A, kAlong>(tile, targets);
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
@@ -137,14 +138,17 @@ void gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& ta
     }
   }
   write_singly(write_groups(c, false), end);
-  grad.finish(p, tile);
-
   for (int lane = 0; lane < tile.rows; ++lane) {
     const int64_t target = targets.index[lane];
     if (target >= begin && target < end) {
-      grad.at(lane, target) = target_grad[lane];
+      if (!kAlong && grad.columns) {
+        grad.columns[target][lane] = target_column[lane];
+      } else {
+        grad.at(lane, target) = target_grad[lane];
+      }
     }
   }
+  grad.finish(p, tile);
 }
 
 template <typename T>
@@ -155,9 +159,9 @@ WriteGradient<Acc<T>>* gradient(const Problem& p, bool along) {
 }
 
 template <typename T, bool kAlong>
-void sum_classes(const Problem& p, Tile tile, double* sums) {
+void sum_classes(const Problem& p, const Tile& tile, double* sums) {
   using A = Acc<T>;
-  Columns<A, kAlong> columns;
+  Room<A, kAlong> columns;
   const Coefficients<T, kAlong> coefficients(p, tile, columns);
   Vec<A> sum = {};
   for (int64_t c = 0; c < p.classes; c += kClassStep<A, kAlong>) {
@@ -170,15 +174,15 @@ void sum_classes(const Problem& p, Tile tile, double* sums) {
 }
 
 template <typename T>
-void sum_coefficients(const Problem& p, bool along, Tile tile, double* sums) {
+void sum_coefficients(const Problem& p, bool along, const Tile& tile, double* sums) {
   (along ? sum_classes<T, true> : sum_classes<T, false>)(p, tile, sums);
 }
 
 template <typename T, bool kAlong>
-void target_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
+void target_gradient_classes(const Problem& p, const Tile& tile, const TileGradient<Acc<T>>& rows, int64_t begin,
                              int64_t end) {
   using A = Acc<T>;
-  Columns<A, kAlong> columns, probability_columns;
+  Room<A, kAlong> columns, probability_columns;
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   const TileView<T, kAlong> grad(p, p.grad, tile, columns);
   const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
@@ -195,16 +199,16 @@ void target_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc
 }
 
 template <typename T>
-void target_gradient(const Problem& p, bool along, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
+void target_gradient(const Problem& p, bool along, const Tile& tile, const TileGradient<Acc<T>>& rows, int64_t begin,
                      int64_t end) {
   (along ? target_gradient_classes<T, true> : target_gradient_classes<T, false>)(p, tile, rows, begin, end);
 }
 
 template <typename T, bool kAlong>
-void weight_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end,
-                             double* sums) {
+void weight_gradient_classes(const Problem& p, const Tile& tile, const TileGradient<Acc<T>>& rows, int64_t begin,
+                             int64_t end, double* sums) {
   using A = Acc<T>;
-  Columns<A, kAlong> columns, probability_columns;
+  Room<A, kAlong> columns, probability_columns;
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   coefficients.weight = nullptr;
@@ -223,16 +227,16 @@ void weight_gradient_classes(const Problem& p, Tile tile, const TileGradient<Acc
 }
 
 template <typename T>
-void weight_gradient(const Problem& p, bool along, Tile tile, const TileGradient<Acc<T>>& rows, int64_t begin,
+void weight_gradient(const Problem& p, bool along, const Tile& tile, const TileGradient<Acc<T>>& rows, int64_t begin,
                      int64_t end, double* sums) {
   (along ? weight_gradient_classes<T, true> : weight_gradient_classes<T, false>)(p, tile, rows, begin, end, sums);
 }
 
 template <typename T, bool kAlong>
-void logit_scale_gradient_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets,
+void logit_scale_gradient_classes(const Problem& p, const Tile& tile, const TileTargets<Acc<T>>& targets,
                                   const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end, double* sum) {
   using A = Acc<T>;
-  Columns<A, kAlong> columns, probability_columns;
+  Room<A, kAlong> columns, probability_columns;
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   const Coefficients<T, kAlong> coefficients(p, tile, probability_columns);
   const Transformed<A> transform(p);
@@ -267,7 +271,7 @@ void logit_scale_gradient_classes(const Problem& p, Tile tile, const TileTargets
 }
 
 template <typename T>
-void logit_scale_gradient(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets,
+void logit_scale_gradient(const Problem& p, bool along, const Tile& tile, const TileTargets<Acc<T>>& targets,
                           const TileGradient<Acc<T>>& rows, int64_t begin, int64_t end, double* sum) {
   if (targets.any_kept) {
     (along ? logit_scale_gradient_classes<T, true> : logit_scale_gradient_classes<T, false>)(p, tile, targets, rows,

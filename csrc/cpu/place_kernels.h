@@ -4,12 +4,12 @@ namespace ce::cpu::CE_ISA {
 
 // Compares the elements as they are given, times ±1, so that ties are exact.
 template <typename T, bool kAlong>
-void place_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
+void place_classes(const Problem& p, const Tile& tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
                    RowPlace<double>* places, double* logits_of_targets) {
   using A = Acc<T>;
   using Mask = typename Simd<A>::Mask;
   constexpr int kStep = kClassStep<A, kAlong>;
-  Columns<A, kAlong> columns;
+  Room<A, kAlong> columns;
   const TileView<const T, kAlong> logits(p, p.logits, tile, columns);
   const A order = order_of_logits<A>(p);
   const Vec<A> z = applied(Transformed<A>(p), target_logits(logits, targets, tile.rows, begin, end));
@@ -55,8 +55,8 @@ void place_classes(const Problem& p, Tile tile, const TileTargets<Acc<T>>& targe
 }
 
 template <typename T>
-void place(const Problem& p, bool along, Tile tile, const TileTargets<Acc<T>>& targets, int64_t begin, int64_t end,
-           RowPlace<double>* places, double* logits_of_targets) {
+void place(const Problem& p, bool along, const Tile& tile, const TileTargets<Acc<T>>& targets, int64_t begin,
+           int64_t end, RowPlace<double>* places, double* logits_of_targets) {
   (along ? place_classes<T, true> : place_classes<T, false>)(p, tile, targets, begin, end, places, logits_of_targets);
 }
 

@@ -335,7 +335,10 @@ CE_INLINE Vec<A> log(Vec<A> x) {
   CE_UNROLL for (int k = S::kArtanhTerms - 1; k >= 0; --k) {
     series = series * t + A(2) / (2 * k + 1);
   }
-  return __builtin_convertvector(n, Vec<A>) * kLn2 + s * series;
+  // In the low bits of the magic number, since there is no such conversion of 64 bits before AVX-512.
+  const Vec<A> magic = broadcast(A(int64_t{3} << (S::kMantissa - 1)));
+  const Vec<A> exponent = bit_cast<Vec<A>>(bit_cast<typename S::Mask>(magic) + n) - magic;
+  return exponent * kLn2 + s * series;
 }
 
 // cap · tanh(scale · x) of vectors whose elements are near 0, most of them.
@@ -534,6 +537,29 @@ CE_INLINE Vec<Acc<T>> load(const T* p) {
   Bits<T> bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
   return from_bits<T>(bits);
+}
+
+// As many of an accumulator's numbers as a vector has doubles.
+CE_INLINE Doubles load_doubles(const float* p) {
+  typename VecOf<float, CE_VECTOR_BYTES / 2>::type half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  return __builtin_convertvector(half, Doubles);
+}
+CE_INLINE Doubles load_doubles(const double* p) {
+  return load(p);
+}
+CE_INLINE void store_doubles(float* p, Doubles v) {
+  const auto half = __builtin_convertvector(v, typename VecOf<float, CE_VECTOR_BYTES / 2>::type);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+CE_INLINE void store_doubles(double* p, Doubles v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+CE_INLINE Int64s load_mask(const bool* p) {
+  typename VecOf<int8_t, CE_VECTOR_BYTES / 8>::type bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(bytes, Int64s) != 0;
 }
 
 template <typename T>

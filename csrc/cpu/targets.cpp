@@ -1,40 +1,44 @@
-#include <algorithm>
-#include <vector>
-
-#include <ATen/Parallel.h>
-
-#include "tile.h"
+#include "../picks.h"
+#include "row_blocks.h"
 
 namespace ce::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1 << 14;  // rows; fixed, so that the sums do not depend on the number of threads
+// The first row whose index is out of bounds.
+TargetSummary find_bad_index(const Problem& p, int64_t begin, int64_t end) {
+  TargetSummary summary;
+  for_each_row(p, p.target.strides, begin, end, [&](int64_t row, int64_t offset) {
+    const int64_t target = read_index(p, offset);
+    if (summary.bad_row < 0 && target != p.ignore_index && is_out_of_bounds(p, target)) {
+      summary.bad_row = row;
+      summary.bad_target = target;
+    }
+  });
+  return summary;
+}
 
 template <typename A, bool kWeighted>
 TargetSummary summarize_indices(const Problem& p, int64_t begin, int64_t end) {
   const A* weights = static_cast<const A*>(p.weight);
   TargetSummary summary;
+  bool is_any_bad = false;
   int64_t kept = 0;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t target = read_target(p, row);
-    if (target == p.ignore_index) {
-      continue;
-    }
-    if (is_out_of_bounds(p, target)) {
-      summary.bad_row = row;
-      summary.bad_target = target;
-      return summary;
-    }
-    const int64_t own = own_class(p, target);
+  for_each_row(p, p.target.strides, begin, end, [&](int64_t row, int64_t offset) {
+    const int64_t target = read_index(p, offset);
+    const bool is_kept = target != p.ignore_index, is_bad = is_kept & is_out_of_bounds(p, target);
+    const int64_t own = is_bad ? -1 : own_class(p, target);
+    is_any_bad |= is_bad;
     if constexpr (kWeighted) {
-      const double weight = own < 0 ? 0.0 : weights ? double(weights[own]) : 1.0;
-      summary.weight += weight * row_value<A>(p, p.row_weight, row, 1);
+      if (is_kept) {
+        const double weight = own < 0 ? 0.0 : weights ? double(weights[own]) : 1.0;
+        summary.weight += weight * row_value<A>(p, p.row_weight, row, 1);
+      }
     } else {
-      kept += own >= 0;
+      kept += is_kept & (own >= 0);
     }
-  }
+  });
   summary.weight += kept;
-  return summary;
+  return is_any_bad ? find_bad_index(p, begin, end) : summary;
 }
 
 template <typename A>
@@ -72,18 +76,9 @@ TargetSummary summarize_block(const Problem& p, int64_t begin, int64_t end) {
 }  // namespace
 
 TargetSummary summarize_targets(const Problem& p) {
-  const auto summarize = p.dtype == DType::kFloat64 ? summarize_block<double> : summarize_block<float>;
-  if (p.rows <= kBlock) {
-    return summarize(p, 0, p.rows);
-  }
-  std::vector<TargetSummary> blocks((p.rows + kBlock - 1) / kBlock);
-  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      blocks[i] = summarize(p, i * kBlock, std::min(p.rows, (i + 1) * kBlock));
-    }
-  });
   TargetSummary total;
-  for (const TargetSummary& block : blocks) {
+  const auto summarize = p.dtype == DType::kFloat64 ? summarize_block<double> : summarize_block<float>;
+  for (const TargetSummary& block : for_each_block(p, summarize)) {
     if (block.bad_row >= 0) {
       return block;
     }

@@ -42,19 +42,26 @@ constexpr int kNarrow = 8;
 
 // Rows next to each other on the last dimension of the grid.
 struct Tile {
-  int64_t row;  // the first
-  int rows;     // 1 when lanes run along the classes
+  int64_t row;              // the first
+  int rows;                 // 1 when lanes run along the classes
+  void* columns = nullptr;  // where its logits are staged: a vector for each class
 };
 
 // Where a tile's rows are in an operand.
 struct RowOffsets {
   int64_t first, step;
 
-  RowOffsets(const Problem& p, Tile tile, const int64_t (&strides)[kMaxDims])
+  RowOffsets(const Problem& p, const Tile& tile, const int64_t (&strides)[kMaxDims])
       : first(row_offset(p, tile.row, strides)), step(strides[p.dims - 1]) {}
 
   int64_t of(int lane) const { return first + lane * step; }
 };
+
+// Vectors of a staged tile: odd, so that the tiles of a class do not meet in the caches; and whole blocks of transposed
+// rows.
+inline int64_t columns_of_tile(const Problem& p, int vector_lanes) {
+  return (p.classes > vector_lanes ? p.classes : vector_lanes) | 1;
+}
 
 struct Tiling {
   bool along;    // lanes run along the classes
@@ -63,6 +70,7 @@ struct Tiling {
   int64_t tiles_per_line;
   int64_t tiles;
   int64_t pieces;  // of a tile
+  int staged;      // tiles that are staged together, 0: none are
 
   // `vector_lanes` accumulators fit the running processor's vectors.
   Tiling(const Problem& p, int vector_lanes);
@@ -75,11 +83,15 @@ struct Tiling {
     const int64_t rest = line - first;
     return {i / tiles_per_line * line + first, rest < lanes ? static_cast<int>(rest) : lanes};
   }
+  // Of a staged tile.
+  int64_t column_bytes(const Problem& p) const {
+    return columns_of_tile(p, lanes) * lanes * (p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+  }
   // Tiles or pieces that a thread should take at least.
   int64_t grain(const Problem& p, int64_t items) const { return kSerial / (p.rows * p.classes / items + 1) + 1; }
 };
 
-// The targets of a tile's rows.
+// The targets of a tile's rows. Those of `lanes` without a row are not kept.
 template <typename A>
 struct TileTargets {
   int64_t index[kMaxLanes];  // −1: ignored, another shard's, or the target has classes itself
@@ -87,7 +99,30 @@ struct TileTargets {
   bool kept[kMaxLanes];
   bool any_kept;
 
-  TileTargets(const Problem& p, Tile tile);
+  TileTargets(const Problem& p, const Tile& tile, int lanes);
+};
+
+// The states of a tile's rows, field by field, so that the compiler makes vectors of them.
+struct TileStates {
+  double max[kMaxLanes];
+  double sum[kMaxLanes];
+  double linear[kMaxLanes];
+  double coefficients[kMaxLanes];
+
+  // Of rows of which nothing has been read.
+  CE_HOST_DEVICE void clear() {
+    for (int lane = 0; lane < kMaxLanes; ++lane) {
+      set(lane, {});
+    }
+  }
+  CE_HOST_DEVICE MaxSum<double> exps(int lane) const { return {max[lane], sum[lane]}; }
+  CE_HOST_DEVICE RowState<double> get(int lane) const { return {exps(lane), linear[lane], coefficients[lane]}; }
+  CE_HOST_DEVICE void set(int lane, const RowState<double>& row) {
+    max[lane] = row.exps.max;
+    sum[lane] = row.exps.sum;
+    linear[lane] = row.linear;
+    coefficients[lane] = row.coefficients;
+  }
 };
 
 // What the gradient kernels need of a tile's rows.
@@ -99,14 +134,14 @@ struct TileGradient {
   A tilt[kMaxLanes];
   A log_prob[kMaxLanes];
 
-  // Lanes without a row are computed too, but not stored.
-  explicit TileGradient(Tile tile) {
-    for (int lane = tile.rows; lane < kMaxLanes && tile.rows > 1; ++lane) {
+  // Those of `lanes` without a row are computed too, but not stored.
+  TileGradient(const Tile& tile, int lanes) {
+    for (int lane = tile.rows; lane < lanes; ++lane) {
       set(lane, {});
     }
   }
 
-  void set(int lane, RowGradient<A> row) {
+  CE_HOST_DEVICE void set(int lane, RowGradient<A> row) {
     max[lane] = row.max;
     scale[lane] = row.scale;
     upstream[lane] = row.upstream;
@@ -124,8 +159,8 @@ struct TileDivergence {
   A tilt[kMaxLanes];
   A upstream[kMaxLanes];
 
-  explicit TileDivergence(Tile tile) {
-    for (int lane = tile.rows; lane < kMaxLanes && tile.rows > 1; ++lane) {
+  TileDivergence(const Tile& tile, int lanes) {
+    for (int lane = tile.rows; lane < lanes; ++lane) {
       set(lane, {});
     }
   }
@@ -165,14 +200,14 @@ class Upstream {
   A of_all_;
 };
 
-// Merges into states[lane], and moments[lane] if entropies are asked for, what the classes [begin, end) add to the
+// Merges into the states, and moments[lane] if entropies are asked for, what the classes [begin, end) add to the
 // state of each row. Fills `exps` if it is not null.
 template <typename A>
-using Accumulate = void(const Problem&, Tile, const TileTargets<A>&, int64_t begin, int64_t end, Exps<A> exps,
-                        RowState<double>* states, Moment<double>* moments);
+using Accumulate = void(const Problem&, const Tile&, const TileTargets<A>&, int64_t begin, int64_t end, Exps<A> exps,
+                        TileStates& states, Moment<double>* moments);
 // Writes the gradient of the logits, from `exps` if it is not null.
 template <typename A>
-using WriteGradient = void(const Problem&, Tile, const TileTargets<A>&, const TileGradient<A>&, int64_t begin,
+using WriteGradient = void(const Problem&, const Tile&, const TileTargets<A>&, const TileGradient<A>&, int64_t begin,
                            int64_t end, Exps<A> exps);
 
 // The kernels over the classes [begin, end) of a tile, for one element type and the running processor.
@@ -184,25 +219,31 @@ struct TileKernels {
   Accumulate<A>* (*accumulate)(const Problem&, bool along);
   WriteGradient<A>* (*gradient)(const Problem&, bool along);
   // Merges what is asked of places and of the target's logit, as the formula has it.
-  void (*place)(const Problem&, bool along, Tile, const TileTargets<A>&, int64_t begin, int64_t end,
+  void (*place)(const Problem&, bool along, const Tile&, const TileTargets<A>&, int64_t begin, int64_t end,
                 RowPlace<double>* places, double* logits_of_targets);
   // The sum of each row's coefficients, without a look at the logits.
-  void (*sum_coefficients)(const Problem&, bool along, Tile, double* sums);
+  void (*sum_coefficients)(const Problem&, bool along, const Tile&, double* sums);
   // upstream · (1 − ε) · w_c · (lse − z_c), the gradient of the probabilities. `scale` holds ln Σ exp(z − max).
-  void (*target_gradient)(const Problem&, bool along, Tile, const TileGradient<A>&, int64_t begin, int64_t end);
+  void (*target_gradient)(const Problem&, bool along, const Tile&, const TileGradient<A>&, int64_t begin, int64_t end);
   // Adds Σ upstream · q'_c · (lse − z_c) over the tile's rows to sums[c − begin], the gradient of the class weights.
-  void (*weight_gradient)(const Problem&, bool along, Tile, const TileGradient<A>&, int64_t begin, int64_t end,
+  void (*weight_gradient)(const Problem&, bool along, const Tile&, const TileGradient<A>&, int64_t begin, int64_t end,
                           double* sums);
   // Adds Σ ∂loss/∂z_c · ∂z_c/∂scale of all the tile's rows to *sum.
-  void (*logit_scale_gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileGradient<A>&,
+  void (*logit_scale_gradient)(const Problem&, bool along, const Tile&, const TileTargets<A>&, const TileGradient<A>&,
                                int64_t begin, int64_t end, double* sum);
+  // Copies the logits of the rows [first, first + rows), neighbours on a line, to columns, those of one tile after the
+  // other; and what the columns hold then to the gradient.
+  void (*stage_in)(const Problem&, int64_t first, int64_t rows, void* columns);
+  void (*stage_out)(const Problem&, int64_t first, int64_t rows, const void* columns);
   void (*scale)(T* data, int64_t count, A factor);
   // Replaces numbers by their logarithms, fast where all are ≥ 1. There is room for whole vectors, of numbers too.
   void (*take_logs)(double* x, int count);
+  // The losses of the rows of a tile across rows, without a z-loss, and their gradient from that of their losses.
+  void (*finish_rows)(const TileTargets<A>&, const TileStates&, const A* upstreams, A* losses, TileGradient<A>&);
   // Merges into rows[lane] what the classes add to the divergence of each row.
-  void (*diverge)(const Problem&, bool along, Tile, int64_t begin, int64_t end, RowDivergence<double>* rows);
+  void (*diverge)(const Problem&, bool along, const Tile&, int64_t begin, int64_t end, RowDivergence<double>* rows);
   // The gradient of the logits, or of the teacher's.
-  void (*divergence_gradient)(const Problem&, bool along, Tile, const TileTargets<A>&, const TileDivergence<A>&,
+  void (*divergence_gradient)(const Problem&, bool along, const Tile&, const TileTargets<A>&, const TileDivergence<A>&,
                               bool of_teacher, int64_t begin, int64_t end);
   // Finds picked_row() and the logits of a row's picks; then, after the gradient of all classes has been written as if
   // they were not picked, writes theirs.

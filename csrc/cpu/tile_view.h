@@ -21,10 +21,11 @@ CE_INLINE bool is_transposed(const Problem& p, const Operand<Pointer>& operand) 
 }
 // Room for that: a vector for each class.
 template <typename A, bool kAlong>
-using Columns = Vec<A>[kAlong ? 1 : kNarrow * kLanes<A>];
+using Room = Vec<A>[kAlong ? 1 : kNarrow * kLanes<A>];
 
-// A tile of an operand of shape (rows, classes): vector c starts at class c, its lanes as many as exist. If the operand
-// is transposed, an input's columns are there from the beginning; what was set of an output is written by finish().
+// A tile of an operand of shape (rows, classes): vector c starts at class c, its lanes as many as exist. If the tile is
+// staged, its columns are there; if the operand is transposed, an input's columns are made at the beginning, and what
+// was set of an output is written by finish().
 template <typename T, bool kAlong>
 struct TileView {
   using A = Acc<T>;
@@ -34,22 +35,24 @@ struct TileView {
   Vec<A>* columns = nullptr;
 
   template <typename Pointer>
-  CE_INLINE TileView(const Problem& p, const Operand<Pointer>& operand, Tile tile, Columns<A, kAlong>& room) {
+  CE_INLINE TileView(const Problem& p, const Operand<Pointer>& operand, const Tile& tile, Room<A, kAlong>& room) {
     if (!operand.data) {
       return;
     }
     data = static_cast<T*>(operand.data) + row_offset(p, tile.row, operand.strides);
     class_stride = operand.class_stride;
     row_stride = operand.strides[p.dims - 1];
-    if (is_transposed<A, kAlong>(p, operand)) {
+    if (!kAlong && tile.columns) {
+      columns = static_cast<Vec<A>*>(tile.columns);
+    } else if (is_transposed<A, kAlong>(p, operand)) {
       columns = room;
       if constexpr (std::is_const_v<T>) {
         transpose_in(data, row_stride, tile.rows, p.classes, room);
       }
     }
   }
-  CE_INLINE void finish(const Problem& p, Tile tile) const {
-    if (!kAlong && columns) {
+  CE_INLINE void finish(const Problem& p, const Tile& tile) const {
+    if (!kAlong && columns && !tile.columns) {
       transpose_out(columns, data, row_stride, tile.rows, p.classes);
     }
   }
@@ -101,9 +104,9 @@ struct Coefficients {
   TileView<const T, kAlong> probabilities;
   Smoothing<A> smoothing;
 
-  CE_INLINE Coefficients(const Problem& p, Tile tile, Columns<A, kAlong>& room)
+  CE_INLINE Coefficients(const Problem& p, const Tile& tile, Room<A, kAlong>& room)
       : weight(static_cast<const A*>(p.weight)),
-        probabilities(p, p.target_type == TargetType::kProbabilities ? p.target : Input(), tile, room),
+        probabilities(p, p.target_type == TargetType::kProbabilities ? p.target : Input(), {tile.row, tile.rows}, room),
         smoothing(smoothing_of<A>(p)) {}
 
   CE_INLINE Vec<A> weights(int64_t c, int count) const {
@@ -129,18 +132,23 @@ template <typename T, bool kAlong>
 CE_INLINE Vec<Acc<T>> target_logits(const TileView<const T, kAlong>& logits, const TileTargets<Acc<T>>& targets,
                                     int rows, int64_t begin, int64_t end) {
   T at_target[kLanes<Acc<T>>] = {};
+  Vec<Acc<T>> in_column = {};
   for (int lane = 0; lane < rows; ++lane) {
     const int64_t target = targets.index[lane];
     if (target >= begin && target < end) {
-      at_target[lane] = logits.at(lane, target);
+      if (!kAlong && logits.columns) {
+        in_column[lane] = logits.columns[target][lane];
+      } else {
+        at_target[lane] = logits.at(lane, target);
+      }
     }
   }
-  return load(at_target);
+  return !kAlong && logits.columns ? in_column : load(at_target);
 }
 
 // The lanes whose rows are kept. Along a row nobody asks who has not kept it.
 template <typename A, bool kAlong>
-CE_INLINE typename Simd<A>::Mask kept_lanes(Tile tile, const TileTargets<A>& targets) {
+CE_INLINE typename Simd<A>::Mask kept_lanes(const Tile& tile, const TileTargets<A>& targets) {
   typename Simd<A>::Mask kept;
   for (int lane = 0; lane < kLanes<A>; ++lane) {
     kept[lane] = kAlong || (lane < tile.rows && targets.kept[lane]) ? -1 : 0;
