@@ -36,6 +36,7 @@ auto specialize(const Problem& p, bool along, bool entropy, F&& f) {
 
 #include "stage_kernels.h"
 #include "accumulate_kernels.h"
+#include "finish_kernels.h"
 #include "gradient_kernels.h"
 #include "place_kernels.h"
 #include "divergence_kernels.h"
@@ -49,44 +50,6 @@ void scale(T* data, int64_t count, Acc<T> factor) {
   for (int64_t i = 0; i < count; i += kStep) {
     const int lanes = count - i < kStep ? static_cast<int>(count - i) : kStep;
     store(data + i, 1, lanes, load(data + i, 1, lanes) * factor);
-  }
-}
-
-// The logarithms of unusual numbers, each by itself: they change no bit of the others'.
-__attribute__((noinline)) inline Doubles log_singly(Doubles x, Doubles logs) {
-  for (int lane = 0; lane < kLanes<double>; ++lane) {
-    logs[lane] = x[lane] >= 1 && x[lane] <= std::numeric_limits<double>::max() ? logs[lane] : std::log(x[lane]);
-  }
-  return logs;
-}
-
-// Fast where all are ≥ 1.
-CE_INLINE Doubles log_of_sums(Doubles x) {
-  const auto is_usual = (x >= 1) & (x <= std::numeric_limits<double>::max());
-  const Doubles logs = log<double>(is_usual ? x : broadcast(1.0));
-  return __builtin_expect(any_negative(~is_usual), 0) ? log_singly(x, logs) : logs;
-}
-
-inline void take_logs(double* x, int count) {
-  for (int i = 0; i < count; i += kLanes<double>) {
-    store(x + i, log_of_sums(load(x + i)));
-  }
-}
-
-template <typename A>
-void finish_rows(const TileTargets<A>& targets, const TileStates& states, const A* upstreams, A* losses,
-                 TileGradient<A>& gradient) {
-  for (int lane = 0; lane < kLanes<A>; lane += kLanes<double>) {
-    const RowState<Doubles> rows{{load(states.max + lane), load(states.sum + lane)},
-                                 load(states.linear + lane),
-                                 load(states.coefficients + lane)};
-    const Doubles sums = targets.any_kept ? rows.exps.sum : broadcast(1.0);
-    const Doubles loss = rows.loss_of_logits(log_of_sums(sums));
-    store_doubles(losses + lane, load_mask(targets.kept + lane) ? loss : Doubles{});
-  }
-  for (int lane = 0; upstreams && lane < kLanes<A>; ++lane) {
-    const MaxSum<A> exps{A(states.max[lane]), A(states.sum[lane])};
-    gradient.set(lane, make_row_gradient<A>(exps, A(states.coefficients[lane]), 0, {upstreams[lane]}));
   }
 }
 
