@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cross_entropy
-from tests import reference
+from tests import closeness, reference
 from tests.device import DEVICE, IS_HOST
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -65,7 +65,7 @@ def assert_close(actual, expected, dtype, scale=1.0):
     # What cancels to nothing leaves the rounding error of the terms, which are computed in at least float32.
     cancelled = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     absolute = TOLERANCE[dtype] * float(expected.detach().abs().max()) + cancelled
-    torch.testing.assert_close(actual.double(), expected, rtol=relative, atol=absolute, equal_nan=True)
+    closeness.assert_close(actual.double(), expected, rtol=relative, atol=absolute, equal_nan=True)
 
 
 def compare(logits, target, dtype, weighted, **options):

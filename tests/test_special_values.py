@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import cross_entropy
-from tests import reference
+from tests import closeness, reference
 from tests.device import DEVICE, IS_HOST
 
 INF, NAN = math.inf, math.nan
@@ -36,7 +36,7 @@ def run(function, logits, target, weight=None, **options):
 
 def assert_same(actual, expected):
     tolerance = TOLERANCE[expected.dtype]
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    closeness.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def on_cpu(logits, target, weight=None, **options):
