@@ -202,8 +202,8 @@ def bits(tensor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(3, 70016), (700, 300), (40000, 3), (2, 21, 3000)],  # rows in three blocks, whose losses are summed one by one
-    ids=["pieces", "rows", "narrow", "across"],
+    [(3, 70016), (700, 300), (40000, 3), (2, 21, 3000)],
+    ids=["pieces", "rows", "blocks of rows", "across"],
 )
 def test_same_bits_for_any_number_of_threads(shape, dtype):
     logits = torch.randn(shape).to(dtype).requires_grad_()

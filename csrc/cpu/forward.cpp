@@ -76,7 +76,7 @@ const TileDetails kNoDetails;
 template <typename A, typename Value>
 void write_rows(void* results, const Tile& tile, const RowOffsets& offsets, const Value* values) {
   for (int lane = 0; results && lane < tile.rows; ++lane) {
-    static_cast<A*>(results)[offsets.of(lane)] = static_cast<A>(values[lane]);
+    write_row<A>(results, offsets.of(lane), values[lane]);
   }
 }
 
@@ -197,9 +197,8 @@ struct LossPass {
     }
   }
 
-  Gradient make_gradient(const Tile& tile, const TileTargets<A>& targets, const TileStates& states,
-                         const A* upstreams) const {
-    Gradient gradient(tile, tiling.lanes);
+  void prepare_gradient(const Tile& tile, const TileTargets<A>& targets, const TileStates& states, const A* upstreams,
+                        Gradient& gradient) const {
     for (int lane = 0; lane < tile.rows; ++lane) {
       const RowState<double> state = states.get(lane);
       RowGradient<A> of_row = make_row_gradient<A>({A(state.exps.max), A(state.exps.sum)}, A(state.coefficients),
@@ -209,7 +208,6 @@ struct LossPass {
       }
       gradient.set(lane, of_row);
     }
-    return gradient;
   }
 
   // Writes the rows' results and prepares their gradient.
@@ -224,7 +222,7 @@ struct LossPass {
     if (!kMore && tile.rows > 1) {
       kernels.finish_rows(targets, states, p.grad.data ? upstreams : nullptr, losses, gradient);
     } else {
-      if (p.picks > 0) {
+      if (kMore && p.picks > 0) {
         complete(tile, targets, rows);
       }
       double log_sums[kMaxLanes];
@@ -236,7 +234,7 @@ struct LossPass {
         write_more(tile, targets, offsets, rows, log_sums);
       }
       if (p.grad.data) {
-        gradient = make_gradient(tile, targets, states, upstreams);
+        prepare_gradient(tile, targets, states, upstreams, gradient);
       }
     }
     write_rows<A>(p.loss, tile, offsets, losses);

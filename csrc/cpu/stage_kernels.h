@@ -30,7 +30,7 @@ void stage_out(const Problem& p, int64_t first, int64_t rows, const void* column
   const int64_t row_stride = p.grad.strides[p.dims - 1], class_stride = p.grad.class_stride;
   const int64_t step = columns_of_tile(p, kLanes<A>);
   const auto* const from = static_cast<const Vec<A>*>(columns);
-  if (class_stride == 1 && p.classes <= kNarrow * kLanes<A> && rows <= kLanes<A>) {
+  if (class_stride == 1 && rows <= kLanes<A>) {
     return transpose_out(from, data, row_stride, static_cast<int>(rows), p.classes);
   }
   for (int64_t c = 0; c < p.classes; ++c) {
