@@ -1,6 +1,7 @@
 // The Python binding. Eager calls come this way; compiled ones find the same operators under torch.ops.
 
 #include <ATen/core/Reduction.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
