@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .results import Case
 from .shapes import DTYPES
+from .timing import CACHES
 
-CACHES = 2**28
-"""Bytes that no device's caches hold."""
 SMALL_CALLS = 50
 """So many calls of a small shape make a sample; a single one would find the caches cold."""
 

@@ -147,7 +147,9 @@ CE_HOST_DEVICE A row_value(const P& p, const Input& operand, int64_t row, A othe
 }
 
 // An operand that is known not to be there.
-struct Absent {};
+struct Absent {
+  static constexpr const void* data = nullptr;
+};
 template <typename A, typename P>
 CE_HOST_DEVICE A row_value(const P&, Absent, int64_t, A otherwise) {
   return otherwise;

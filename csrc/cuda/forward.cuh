@@ -189,14 +189,13 @@ class Kept {
 
   CE_DEVICE Whole& operator[](int turn) const { return pieces_[turn * stride_]; }
 
-  // Begins to read those from turn to turn, which arrive together.
+  // Begins to read those from turn to turn.
   CE_DEVICE void start(const Walk& walk, const Turns<Walk>& turns, int from, int to) const {
     const T* source = walk.address(turns.class_of(from));
     Whole* place = &(*this)[from];
     CE_UNROLL_BY(4) for (int left = to - from; left > 0; --left, source += turns.step, place += stride_) {
       copy_async(reinterpret_cast<uint4*>(place), reinterpret_cast<const uint4*>(source));
     }
-    commit_copies();
   }
 
   // For write_row().

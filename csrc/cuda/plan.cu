@@ -20,7 +20,7 @@ struct Sharing {
 };
 constexpr int kSmallBlock = 128;
 constexpr Sharing kForward{128, 2048, kSmallBlock, 8};
-constexpr Sharing kForwardGrad{16, 1024, kSmallBlock, 16};
+constexpr Sharing kForwardGrad{16, 1024, kSmallBlock, 12};
 constexpr Sharing kBackward{8, 256, 64, 8};
 constexpr int kFewLanes = 4;
 // Rows of up to so many pieces are read before it is known whether they are ignored.
@@ -29,15 +29,16 @@ constexpr int64_t kShortRow = 512;
 constexpr int64_t kBusy = 512;
 // as long as each has this many pieces.
 constexpr int64_t kFewPieces = 4;
-// Bytes of a row that a block keeps at most if it can share the row with others: two such blocks fit a multiprocessor,
-// so that one reads while the other writes.
-constexpr int64_t kBlockKeeps = 112 << 10;
+// Bytes of a row that a block keeps at most if it can share the row with others: three such blocks fit a
+// multiprocessor, so that one reads while another writes. Rows of more are cut into parts of kPart at most, by which
+// several small blocks fit, unless that takes large clusters, which leave many multiprocessors idle.
+constexpr int64_t kBlockKeeps = 72 << 10;
+constexpr int64_t kPart = 50 << 10;
+constexpr int kLargeCluster = 8;
+// Parts of up to so many bytes take small blocks.
+constexpr int64_t kSmallPart = 40 << 10;
 // The same of all rows of a block that has several.
 constexpr int64_t kRowsKeep = 72 << 10;
-// Larger clusters leave many multiprocessors idle.
-constexpr int kLargeCluster = 8;
-// Bytes of shared memory that a block takes besides.
-constexpr int64_t kBesides = 2 << 10;
 // Rows that need not be kept are shared by blocks until a thread has at most so many pieces.
 constexpr int64_t kMostPieces = 16;
 // Threads of a multiprocessor that run at a time in the backward pass.
@@ -113,24 +114,18 @@ Plan plan_forward(const Problem& p, const Device& device) {
   const bool along = walks_along(p);
   const int64_t pieces = pieces_of(p);
   const int64_t bytes = p.classes * size_of(p.dtype);
-  const bool whole_block = along && plan.lanes == plan.threads;
-  if (p.grad.data && whole_block) {
-    while (plan.blocks < device.max_cluster && bytes / plan.blocks > kBlockKeeps) {
-      plan.blocks *= 2;
-    }
-    // Smaller blocks where so many of these fit a multiprocessor that much of its memory has no use.
-    const int64_t memory = device.shared_memory, part = bytes / plan.blocks + kBesides;
-    const bool wastes = part < memory && memory / part * part < memory / 4 * 3;
-    const bool halves = wastes && plan.blocks > 1 && 2 * plan.blocks <= std::min(kLargeCluster, device.max_cluster);
-    if (halves) {
-      plan.blocks *= 2;
-    }
-    if (halves || plan.blocks > kLargeCluster) {
-      plan.threads = plan.lanes = kSmallBlock;
-    }
-  } else if (p.grad.data && along) {
-    while (plan.threads > kSmallBlock && plan.rows() * bytes > kRowsKeep) {
+  if (along && plan.lanes < plan.threads) {
+    const int64_t most = p.grad.data ? kRowsKeep : 0;
+    while (plan.threads > kSmallBlock && plan.rows() * bytes > most) {
       plan.threads /= 2;
+    }
+  } else if (along && p.grad.data) {
+    const auto part = [&] { return bytes / plan.blocks; };
+    if (part() > kBlockKeeps) {
+      while (plan.blocks < device.max_cluster && part() > (plan.blocks < kLargeCluster ? kPart : kBlockKeeps)) {
+        plan.blocks *= 2;
+      }
+      plan.threads = plan.lanes = part() > kSmallPart ? kMaxThreads : kSmallBlock;
     }
   }
   plan.reads_all = pieces <= kShortRow;
@@ -139,9 +134,9 @@ Plan plan_forward(const Problem& p, const Device& device) {
     const int64_t ranks = int64_t{plan.lanes} * plan.blocks;
     const int64_t kept = (pieces + ranks - 1) / ranks;
     const int64_t bytes_kept = kept * (along ? 16 : size_of(p.dtype)) * plan.threads;
-    const int warps = plan.threads / kWarp;
+    const int64_t states = along ? plan.threads / kWarp + 1 : plan.threads;
     const int64_t others =
-        (along ? warps + 1 : plan.threads) * state_size(p) + plan.rows() * static_cast<int64_t>(sizeof(RowSums));
+        states * state_size(p) + Exchange<double>::bytes(plan) + plan.rows() * static_cast<int64_t>(sizeof(RowSums));
     if (bytes_kept + others <= device.shared_memory) {
       plan.kept = static_cast<int>(kept);
     }

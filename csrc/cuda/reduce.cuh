@@ -133,4 +133,62 @@ CE_DEVICE void leave_cluster() {
   cluster_wait();
 }
 
+// The same for rows whose blocks have nothing else to do with each other, without a barrier: each warp sends what it
+// has to all blocks, and each warp adds up what has come to its own.
+template <typename A>
+class Exchange {
+ public:
+  CE_HOST_DEVICE static int64_t bytes(const Plan& plan) {
+    return plan.cluster ? sizeof(Header) + 2 * parts(plan) * sizeof(MaxSum<A>) : 0;
+  }
+
+  // All threads of the cluster have to call it, and so they have to call sum() in each turn.
+  CE_DEVICE Exchange(void* shared, const Plan& plan)
+      : arrivals_(static_cast<Arrivals*>(shared)),
+        parts_(reinterpret_cast<MaxSum<A>*>(static_cast<char*>(shared) + sizeof(Header))) {
+    if (plan.cluster) {
+      if (threadIdx.x == 0) {
+        begin_arrivals(arrivals_);
+        expect_arrivals(arrivals_, bytes_of_turn(plan));
+      }
+      cluster_arrive_relaxed();  // begin_arrivals() has made visible what it has written
+    }
+  }
+
+  CE_DEVICE MaxSum<A> sum(RowState<A> state, const Plan& plan, const Seat& seat) {
+    state = sum_of_lanes<false>(state, kWarp);
+    if (turn_ == 0) {
+      cluster_wait();
+    }
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = plan.threads / kWarp;
+    // Where a part was two turns ago, all have read: otherwise their warps would not all have sent one since.
+    MaxSum<A>* const parts = parts_ + turn_ % 2 * this->parts(plan);
+    if (lane < plan.blocks) {
+      send(state.exps, parts + seat.block * warps + warp, arrivals_, lane);
+    }
+    wait_for_arrivals(arrivals_, turn_ % 2);
+    if (threadIdx.x == 0) {
+      expect_arrivals(arrivals_, bytes_of_turn(plan));
+    }
+    ++turn_;
+    state = RowState<A>();
+    CE_NO_UNROLL for (int part = lane; part < this->parts(plan); part += kWarp) {
+      state.exps = state.exps.merge(parts[part]);
+    }
+    return sum_of_lanes<false>(state, kWarp).exps;
+  }
+
+ private:
+  struct alignas(16) Header {
+    Arrivals arrivals;
+  };
+
+  CE_HOST_DEVICE static int parts(const Plan& plan) { return plan.blocks * (plan.threads / kWarp); }
+  CE_DEVICE static int bytes_of_turn(const Plan& plan) { return parts(plan) * sizeof(MaxSum<A>); }
+
+  Arrivals* arrivals_;
+  MaxSum<A>* parts_;
+  int turn_ = 0;
+};
+
 }  // namespace ce::cuda

@@ -12,16 +12,35 @@ constexpr int64_t kOneBlock = 1 << 11;
 constexpr int64_t kOneCluster = 1 << 17;
 constexpr int kCluster = 8;
 
+// What a row adds to the sums, as it is read.
 template <typename A>
-CE_DEVICE RowSums sums_of(const Problem& p, int64_t row, bool losses, bool weights) {
-  RowSums sums;
+struct RowValues {
+  int64_t target = 0;
+  A loss = 0;
+};
+
+template <typename A, typename P>
+CE_DEVICE RowValues<A> read_row(const P& p, int64_t row, bool losses, bool weights) {
+  RowValues<A> values;
   if (losses) {
     // Without row weights any order will do.
-    const int64_t offset = p.row_weight.data ? row_offset(p, row, p.row_strides) : row;
-    sums.loss = row_value<A>(p, p.row_weight, row, 1) * static_cast<const A*>(p.loss)[offset];
+    values.loss = static_cast<const A*>(p.loss)[p.row_weight.data ? row_offset(p, row, p.row_strides) : row];
   }
   if (weights) {
-    sums.weight = weight_of_row<A>(p, row);
+    values.target = index_of(p, row);
+  }
+  return values;
+}
+
+template <typename A, typename P>
+CE_DEVICE RowSums sums_of(const P& p, int64_t row, const RowValues<A>& values, bool losses, bool weights) {
+  const A row_weight = row_value<A>(p, p.row_weight, row, 1);
+  RowSums sums;
+  if (losses) {
+    sums.loss = row_weight * values.loss;
+  }
+  if (weights) {
+    sums.weight = weight_of_row(p, row_weight, values.target);
   }
   return sums;
 }
@@ -37,51 +56,74 @@ CE_DEVICE RowSums sum_in_block(RowSums sums) {
   return threadIdx.x < kWarp ? sum_in_warp(threadIdx.x < kSumThreads / kWarp ? shared[threadIdx.x] : RowSums()) : sums;
 }
 
-// The same of a cluster.
-CE_DEVICE RowSums sum_in_cluster(RowSums sums) {
-  RowSums* const mine = static_cast<RowSums*>(shared_memory()) + kSumThreads / kWarp;
-  if (threadIdx.x == 0) {
-    *mine = sums;
+// The same of a cluster, whose blocks send what they have to the first one, for the threads of that.
+class SumOfCluster {
+ public:
+  CE_DEVICE explicit SumOfCluster(bool is_launched)
+      : parts_(static_cast<RowSums*>(shared_memory()) + kSumThreads / kWarp),
+        arrivals_(reinterpret_cast<Arrivals*>(parts_ + kCluster)) {
+    if (is_launched) {
+      if (threadIdx.x == 0) {
+        begin_arrivals(arrivals_);
+        expect_arrivals(arrivals_, kCluster * sizeof(RowSums));
+      }
+      cluster_arrive_relaxed();  // begin_arrivals() has made visible what it has written
+    }
   }
-  cluster_barrier();
-  if (threadIdx.x < kWarp) {
-    sums = sum_in_warp(threadIdx.x < kCluster ? *in_block(mine, threadIdx.x) : RowSums());
-  }
-  cluster_barrier();  // nobody leaves before all have read
-  return sums;
-}
 
-// Adds up f(i) for a thread's part of `count`, which are taken in turn by so many threads.
-template <typename F>
-CE_DEVICE RowSums sum_turns(int64_t thread, int64_t threads, int64_t count, F&& f) {
-  constexpr int kBatch = 8;  // that a thread has under way together
+  CE_DEVICE RowSums sum(const RowSums& of_block) const {
+    cluster_wait();
+    if (threadIdx.x == 0) {
+      send(of_block, parts_ + blockIdx.x, arrivals_, 0);
+    }
+    if (blockIdx.x > 0 || threadIdx.x >= kWarp) {
+      return of_block;
+    }
+    wait_for_arrivals(arrivals_, 0);
+    return sum_in_warp(threadIdx.x < kCluster ? parts_[threadIdx.x] : RowSums());
+  }
+
+ private:
+  RowSums* parts_;
+  Arrivals* arrivals_;
+};
+
+// Adds up take(i, read(i)) for a thread's part of `count`, which are taken in turn by so many threads. What it reads is
+// under way together.
+template <typename Read, typename Take>
+CE_DEVICE RowSums sum_turns(int64_t thread, int64_t threads, int64_t count, Read&& read, Take&& take) {
+  constexpr int kBatch = 8;
   RowSums sums;
   for (int64_t first = thread; first < count; first += kBatch * threads) {
-    RowSums batch[kBatch];
+    decltype(read(first)) batch[kBatch];
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
       if (first + i * threads < count) {
-        batch[i] = f(first + i * threads);
+        batch[i] = read(first + i * threads);
       }
     }
     CE_UNROLL for (int i = 0; i < kBatch; ++i) {
-      add(sums, batch[i]);
+      if (first + i * threads < count) {
+        add(sums, take(first + i * threads, batch[i]));
+      }
     }
   }
   return sums;
 }
 
-template <typename A>
+template <typename A, typename P>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_all_rows(const __grid_constant__ Problem p, const __grid_constant__ bool losses,
-                 const __grid_constant__ bool weights, const __grid_constant__ bool cluster) {
+    sum_all_rows(const __grid_constant__ P p, const __grid_constant__ bool losses, const __grid_constant__ bool weights,
+                 const __grid_constant__ bool cluster) {
+  const SumOfCluster of_cluster(cluster);
   wait_for_previous();
   let_next_start();
-  RowSums sums = sum_turns(static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x,
-                           static_cast<int64_t>(gridDim.x) * kSumThreads, p.rows,
-                           [&](int64_t row) { return sums_of<A>(p, row, losses, weights); });
+  RowSums sums = sum_turns(
+      static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x, static_cast<int64_t>(gridDim.x) * kSumThreads,
+      p.rows, [&](int64_t row) { return read_row<A>(p, row, losses, weights); },
+      [&](int64_t row, const RowValues<A>& values) { return sums_of(p, row, values, losses, weights); });
   sums = sum_in_block(sums);
   if (cluster) {
-    sums = sum_in_cluster(sums);
+    sums = of_cluster.sum(sums);
   }
   if (threadIdx.x == 0) {
     if (!cluster && gridDim.x > 1) {
@@ -99,26 +141,27 @@ __global__ void __launch_bounds__(kSumThreads)
   wait_for_previous();
   let_next_start();
   const RowSums* const partial = Workspace(p.workspace).sums();
-  const RowSums sums =
-      sum_in_block(sum_turns(threadIdx.x, kSumThreads, blocks, [&](int64_t block) { return partial[block]; }));
+  const RowSums sums = sum_in_block(sum_turns(
+      threadIdx.x, kSumThreads, blocks, [&](int64_t block) { return partial[block]; },
+      [](int64_t, const RowSums& of_block) { return of_block; }));
   if (threadIdx.x == 0) {
     write_sums<A>(p, sums, losses, weights);
   }
 }
 
-constexpr int64_t kShared = (kSumThreads / kWarp + 1) * sizeof(RowSums);
+constexpr int64_t kShared = (kSumThreads / kWarp + kCluster) * sizeof(RowSums) + sizeof(Arrivals);
 
 template <typename A>
 void sum_blocks(const Problem& p, int blocks, bool losses, bool weights, Stream stream) {
   launch(sum_partial<A>, {1, kSumThreads, 1, kShared, /*early=*/true}, stream, p, blocks, losses, weights);
 }
 
-template <typename A>
-void sum_rows(const Problem& p, bool losses, bool weights, Stream stream) {
+template <typename A, typename P>
+void launch_sum_rows(const P& p, bool losses, bool weights, Stream stream) {
   const bool cluster = p.rows > kOneBlock && p.rows <= kOneCluster && current_device().max_cluster >= kCluster;
   const int blocks = p.rows <= kOneBlock ? 1 : cluster ? kCluster : kSumBlocks;
   const Grid grid{blocks, kSumThreads, cluster ? kCluster : 1, kShared, /*early=*/true};
-  launch(sum_all_rows<A>, grid, stream, p, losses, weights, cluster);
+  launch(sum_all_rows<A, P>, grid, stream, p, losses, weights, cluster);
   if (blocks > 1 && !cluster) {
     sum_blocks<A>(p, blocks, losses, weights, stream);
   }
@@ -135,8 +178,11 @@ void sum_tiles(const Problem& p, int tiles, Stream stream) {
 void sum_rows(const Problem& p, bool losses, Stream stream) {
   // A gradient in the forward pass has needed the divisor before.
   const bool weights = p.divides_by_weight && !(losses && p.grad.data);
-  p.dtype == DType::kFloat64 ? sum_rows<double>(p, losses, weights, stream)
-                             : sum_rows<float>(p, losses, weights, stream);
+  if (p.dtype == DType::kFloat64) {
+    launch_sum_rows<double>(p, losses, weights, stream);
+  } else {
+    dispatch_plain<float>(p, [&](const auto& problem) { launch_sum_rows<float>(problem, losses, weights, stream); });
+  }
 }
 
 int64_t workspace_size(const Problem& p) {

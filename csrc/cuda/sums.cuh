@@ -15,15 +15,13 @@ CE_DEVICE RowSums sum_in_warp(RowSums sums) {
   return {sum_of_lanes(sums.loss, kWarp), sum_of_lanes(sums.weight, kWarp)};
 }
 
-// What a row has of the mean's divisor.
-template <typename A>
-CE_DEVICE A weight_of_row(const Problem& p, int64_t row) {
-  const A weight = row_value<A>(p, p.row_weight, row, 1);
+// What a row of this weight has of the mean's divisor. `target` is what index_of() has read.
+template <typename A, typename P>
+CE_DEVICE A weight_of_row(const P& p, A row_weight, int64_t target) {
   if (!has_indices(p)) {
-    return weight;
+    return row_weight;
   }
-  const int64_t target = read_target(p, row);
-  return judge(p, target) == Verdict::kKept ? weight * weight_of_target<A>(p, target) : A(0);
+  return judge(p, target) == Verdict::kKept ? row_weight * weight_of_target<A>(p, target) : A(0);
 }
 
 // Writes the results of sums over all rows: the divisor, if they have the `weights`, and the total of the losses.

@@ -22,8 +22,8 @@ CE_DEVICE A class_weight(const P& p, int64_t c) {
 }
 
 // The weight of a kept target's class, if it is the problem's own.
-template <typename A>
-CE_DEVICE A weight_of_target(const Problem& p, int64_t target) {
+template <typename A, typename P>
+CE_DEVICE A weight_of_target(const P& p, int64_t target) {
   const int64_t c = own_class(p, target);
   return c < 0 ? A(0) : class_weight<A>(p, c);
 }

@@ -106,7 +106,7 @@ constexpr size_t kGuardBytes = 64 << 10;   // a whole number of pages anywhere
 
 const char* const kOpNames[] = {"__syncwarp", "__shfl_sync", "__shfl_xor_sync", "__ballot_sync", "__any_sync"};
 
-enum class Wait { kNone, kBlock, kCluster, kWarp };
+enum class Wait { kNone, kBlock, kCluster, kWarp, kMbarrier };
 
 // A warp operation that some lanes have begun and not all have left.
 struct alignas(8) Pending {
@@ -133,6 +133,15 @@ struct Barrier {
   uint64_t tokens[2] = {};
 
   uint64_t* token(unsigned at) { return &tokens[at & 1]; }
+};
+
+// What is in the kernel's memory.
+struct alignas(8) Mbarrier {
+  int32_t bytes;             // that are expected, less those that have come
+  int8_t arrivals, missing;  // of a phase
+  uint8_t phase, mark;
+
+  static constexpr uint8_t kMark = 0xb5;
 };
 
 struct Block {
@@ -165,6 +174,7 @@ struct Thread : Fiber {
   unsigned lane;
   Wait wait;
   Pending* pending;
+  const void* mbarrier;    // that it waits at
   uint64_t value, result;  // of its warp operation
   int source;
   bool arrived;  // at the cluster barrier, and has not waited
@@ -300,6 +310,7 @@ void wake(Thread* threads, size_t count, Wait what) {
 std::string describe(const Thread& thread) {
   if (thread.wait == Wait::kBlock) return "__syncthreads";
   if (thread.wait == Wait::kCluster) return "__cluster_barrier_wait";
+  if (thread.wait == Wait::kMbarrier) return "mbarrier_wait";
   char text[64];
   std::snprintf(text, sizeof(text), "%s with mask 0x%08x", kOpNames[int(thread.pending->op)], thread.pending->mask);
   return text;
@@ -637,6 +648,73 @@ bool end_copy(size_t pending, Copy& copy) {
   copy = self.copies.front();
   self.copies.pop_front();
   return true;
+}
+
+namespace {
+
+Mbarrier& mbarrier_at(const char* function, const void* address) {
+  self_in(function);
+  check_vector_access(address, sizeof(Mbarrier));
+  Mbarrier& barrier = *static_cast<Mbarrier*>(const_cast<void*>(address));
+  if (barrier.mark != Mbarrier::kMark) fail("%s of what is no mbarrier yet", function);
+  return barrier;
+}
+
+const void* token_of(const Mbarrier& barrier, unsigned phase) {
+  return reinterpret_cast<const char*>(&barrier) + phase % 2;
+}
+
+void end_phase(Mbarrier& barrier) {
+  if (barrier.missing != 0 || barrier.bytes != 0) return;
+  barrier.missing = barrier.arrivals;
+  barrier.phase++;
+  for (unsigned i = 0; i < launch_->running(); i++) {
+    Thread& thread = launch_->cluster->threads[i];
+    if (thread.wait != Wait::kMbarrier || thread.mbarrier != &barrier) continue;
+    thread.wait = Wait::kNone;
+    thread.warp->ready |= 1u << thread.lane;
+  }
+}
+
+}  // namespace
+
+void mbarrier_init(void* address, int arrivals) {
+  const Block& own = *self_in("mbarrier_init").block;
+  check_vector_access(address, sizeof(Mbarrier));
+  if (static_cast<size_t>(static_cast<char*>(address) - own.shared) >= launch_->shared_bytes) {
+    fail("mbarrier_init of what is not its shared memory");
+  }
+  *static_cast<Mbarrier*>(address) = {0, int8_t(arrivals), int8_t(arrivals), 0, Mbarrier::kMark};
+}
+
+void mbarrier_arrive_expect(void* address, int bytes) {
+  Mbarrier& barrier = mbarrier_at("mbarrier_arrive_expect", address);
+  release(token_of(barrier, barrier.phase));
+  barrier.bytes += bytes;
+  barrier.missing--;
+  end_phase(barrier);
+}
+
+void mbarrier_wait(void* address, int parity) {
+  Mbarrier& barrier = mbarrier_at("mbarrier_wait", address);
+  if (barrier.phase % 2 == parity) {
+    self_->mbarrier = &barrier;
+    wait_at(Wait::kMbarrier);
+  }
+  acquire(token_of(barrier, unsigned(parity)));
+}
+
+void begin_store(void* to, size_t bytes, const void* address) {
+  if (bytes != 4 && bytes != 8 && bytes != 16) fail("store_async of %zu bytes", bytes);
+  check_vector_access(to, bytes);
+  mbarrier_at("store_async", address);
+}
+
+void end_store(size_t bytes, void* address) {
+  Mbarrier& barrier = mbarrier_at("store_async", address);
+  release(token_of(barrier, barrier.phase));
+  barrier.bytes -= int32_t(bytes);
+  end_phase(barrier);
 }
 
 // Two threads synchronise where one has a fence before and the other one after its atomic operation at an address.

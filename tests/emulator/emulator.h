@@ -98,6 +98,23 @@ void count_reads_of(const void* begin, const void* end);
 size_t counted_bytes();
 void note_read(const void* address, size_t bytes);
 
+// A barrier in shared memory whose phase ends when all threads that it was made for have arrived, and all bytes that
+// they expect.
+void mbarrier_init(void* barrier, int arrivals);
+void mbarrier_arrive_expect(void* barrier, int bytes);
+// Until a phase of this parity, the first of which is 0, has ended.
+void mbarrier_wait(void* barrier, int parity);
+
+void begin_store(void* to, size_t bytes, const void* barrier);
+void end_store(size_t bytes, void* barrier);
+
+// Into the shared memory of another block, whose barrier counts the bytes.
+inline void store_async(void* to, const void* value, size_t bytes, void* barrier) {
+  begin_store(to, bytes, barrier);
+  std::memcpy(to, value, bytes);
+  end_store(bytes, barrier);
+}
+
 void check_atomic(const void* address, size_t bytes);
 
 // The address of an atomic operation. The operations themselves are relaxed, as CUDA's are.

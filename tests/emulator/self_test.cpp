@@ -130,6 +130,50 @@ void run_cluster_sum() {
   }
 }
 
+// Two blocks, whose threads send all that they have to both, turn by turn into one of two places: a thread that has not
+// seen a turn's messages arrive has not sent its own of the next, which therefore cannot all have arrived.
+enum class MessageMistake { kNone, kOnePlace, kNoWait, kTooMany };
+template <MessageMistake kMistake>
+__global__ void pass_on(const float* x, float* out) {
+  constexpr int kTurns = 3, kBlocks = 2;
+  auto* const barrier = static_cast<uint64_t*>(emulator::dynamic_shared());
+  auto* const places = reinterpret_cast<double*>(barrier + 1);
+  const int messages = kBlocks * int(blockDim.x);
+  const int bytes = (messages + (kMistake == MessageMistake::kTooMany)) * int(sizeof(double));
+  if (threadIdx.x == 0) {
+    emulator::mbarrier_init(barrier, 1);
+    emulator::mbarrier_arrive_expect(barrier, bytes);
+  }
+  cluster_sync();
+  const int own = int(__clusterRelativeBlockRank() * blockDim.x + threadIdx.x);
+  double value = x[blockIdx.x * blockDim.x + threadIdx.x];
+  for (int turn = 0; turn < kTurns; turn++) {
+    double* const of_turn = places + (kMistake == MessageMistake::kOnePlace ? 0 : turn % 2) * messages;
+    for (unsigned rank = 0; rank < kBlocks; rank++) {
+      emulator::store_async(__cluster_map_shared_rank(of_turn + own, rank), &value, sizeof(value),
+                            __cluster_map_shared_rank(barrier, rank));
+    }
+    if (kMistake != MessageMistake::kNoWait) emulator::mbarrier_wait(barrier, turn % 2);
+    if (threadIdx.x == 0 && turn + 1 < kTurns) emulator::mbarrier_arrive_expect(barrier, bytes);
+    value = of_turn[(own + int(blockDim.x)) % messages] + 1;
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = float(value);
+  cluster_sync();
+}
+
+template <MessageMistake kMistake = MessageMistake::kNone>
+void run_pass_on() {
+  const unsigned threads = 40, blocks = 6;
+  const std::vector<float> x = iota(blocks * threads);
+  std::vector<float> out(x.size());
+  emulator::launch("pass_on", blocks, threads, 2, sizeof(uint64_t) + 4 * threads * sizeof(double),
+                   [&] { pass_on<kMistake>(x.data(), out.data()); });
+  for (unsigned i = 0; i < x.size(); i++) {
+    const unsigned from = (i / threads ^ 1) * threads + i % threads;
+    check(out[i] == x[from] + 3, "pass_on");
+  }
+}
+
 // Through a tile of dynamic shared memory; blocks and grid of two and three dimensions.
 __global__ void transpose(const float* x, float* out) {
   float* tile = shared<float>();
@@ -323,6 +367,7 @@ const std::map<std::string, std::function<void()>> kCases = {
      }},
     {"warp_votes", run_warp_votes},
     {"cluster_sum", run_cluster_sum},
+    {"pass_on", run_pass_on<>},
     {"transpose", run_transpose},
     {"count", run_count},
     {"last_block_sum", run_last_block_sum<true>},
@@ -453,6 +498,20 @@ const std::map<std::string, std::function<void()>> kCases = {
                                 __syncthreads();
                                 __cluster_map_shared_rank(shared<float>(), 0);
                               })},
+    {"message_in_one_place", run_pass_on<MessageMistake::kOnePlace>},
+    {"message_not_waited_for", run_pass_on<MessageMistake::kNoWait>},
+    {"message_too_many", run_pass_on<MessageMistake::kTooMany>},
+    {"message_to_no_mbarrier", kernel(2, 32, 2, 512,
+                                      [] {
+                                        const float value = 1;
+                                        emulator::store_async(__cluster_map_shared_rank(shared<float>(), 0), &value, 4,
+                                                              __cluster_map_shared_rank(shared<float>() + 4, 0));
+                                      })},
+    {"mbarrier_in_global", kernel(1, 32, 1, 128,
+                                  [] {
+                                    static uint64_t barrier;
+                                    emulator::mbarrier_init(&barrier, 1);
+                                  })},
     {"bad_rank", kernel(2, 32, 2, 128, [] { __cluster_map_shared_rank(shared<float>(), 2); })},
     {"map_of_global", kernel(2, 32, 2, 128, [] { __cluster_map_shared_rank(&threadIdx, 0); })},
     {"copy_read_early", run_sum_copies<uint4, CopyMistake::kReadsEarly>},
