@@ -218,6 +218,13 @@ MISTAKES = {
         "parts_ + turn_ % 2 * this->parts(plan)",
         "parts_",
     ),
+    "message over what other lanes of the warp read": (
+        "thread",
+        ["sharing"],
+        "reduce.cuh",
+        "    __syncwarp();\n    if (lane",
+        "    if (lane",
+    ),
     "block leaves its cluster before it was read": (
         "plain",
         ["sharing"],
@@ -325,9 +332,9 @@ MISTAKES = {
     "copies that are not committed": (
         "plain",
         ["layouts"],
-        "forward.cuh",
-        "    commit_copies();\n",
-        "",
+        "forward_grad.cu",
+        "    commit_copies();\n    if (reads) {\n      kept.start(walk, turns, half",
+        "    if (reads) {\n      kept.start(walk, turns, half",
     ),
     "target logit read when the gradient may have replaced it": (
         "thread",
@@ -386,8 +393,8 @@ MISTAKES = {
         "plain",
         ["many rows"],
         "sums.cuh",
-        "judge(p, target) == Verdict::kKept ? weight * weight_of_target<A>(p, target)",
-        "judge(p, target) != Verdict::kOutOfBounds ? weight * weight_of_target<A>(p, target < 0 ? 0 : target)",
+        "judge(p, target) == Verdict::kKept ? row_weight * weight_of_target<A>(p, target)",
+        "judge(p, target) != Verdict::kOutOfBounds ? row_weight * weight_of_target<A>(p, target < 0 ? 0 : target)",
     ),
     "ignored rows counted by the blocks that sum them up": (
         "plain",
@@ -477,16 +484,16 @@ MISTAKES = {
         "plain",
         ["many rows"],
         "sums.cu",
-        "first + i * threads < count",
-        "first + i * threads < count - 1",
+        "first + i * threads < count) {\n        add",
+        "first + i * threads < count - 1) {\n        add",
     ),
     "padding written": (
         "plain",
         ["layouts"],
         "forward_grad.cu",
-        "const Walk out(p.logits.data, offset, p.logits.class_stride, exists ? p.classes : 0);",
-        "const Walk out(p.logits.data, offset, p.logits.class_stride,\n"
-        "               exists ? (p.classes + Walk::kSize - 1) / Walk::kSize * Walk::kSize : 0);",
+        "const Walk walk(p.logits.data, offset, p.logits.class_stride, exists ? p.classes : 0);",
+        "const Walk walk(p.logits.data, offset, p.logits.class_stride,\n"
+        "                exists ? (p.classes + Walk::kSize - 1) / Walk::kSize * Walk::kSize : 0);",
     ),
     "row weights taken for neighbours": (
         "plain",
@@ -534,8 +541,8 @@ MISTAKES = {
         "plain",
         ["sharing"],
         "forward_grad.cu",
-        "write_row<false, 1>(out, seat, kept, target",
-        "write_row<false, 1>(out, seat, FromMemory<Walk>{out}, target",
+        "write_row<false, 1>(walk, seat, kept, target",
+        "write_row<false, 1>(walk, seat, FromMemory<Walk>{walk}, target",
     ),
     "kept row of the general kernel read again": (
         "plain",

@@ -161,8 +161,10 @@ class Exchange {
       cluster_wait();
     }
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = plan.threads / kWarp;
-    // Where a part was two turns ago, all have read: otherwise their warps would not all have sent one since.
+    // All have read the part that was here two turns ago: otherwise their warps would not all have sent another since,
+    // each after all its lanes have read.
     MaxSum<A>* const parts = parts_ + turn_ % 2 * this->parts(plan);
+    __syncwarp();
     if (lane < plan.blocks) {
       send(state.exps, parts + seat.block * warps + warp, arrivals_, lane);
     }
