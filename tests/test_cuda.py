@@ -227,7 +227,9 @@ def test_more_elements_than_bits(bits, inplace):
     picked = [0, 2**31 // classes, rows - 1]
     few, few_target = logits[picked].clone().requires_grad_(), target[picked]
     losses = cross_entropy.cross_entropy(logits, target, reduction="none")[picked]
-    assert torch.equal(losses, cross_entropy.cross_entropy(few, few_target, reduction="none"))
+    torch.testing.assert_close(
+        losses, cross_entropy.cross_entropy(few, few_target, reduction="none"), rtol=2**-7, atol=0
+    )
     sum_of_few = cross_entropy.cross_entropy(few, few_target, reduction="sum")
     if inplace:
         torch.ops.cross_entropy.forward_grad_(logits, target, None, SUM, -100, 0.0, False)
@@ -235,7 +237,8 @@ def test_more_elements_than_bits(bits, inplace):
     else:
         logits.requires_grad_()
         grad = torch.autograd.grad(cross_entropy.cross_entropy(logits, target, reduction="sum"), logits)[0]
-    assert torch.equal(grad[picked], torch.autograd.grad(sum_of_few, few)[0])
+    # Few rows are shared by more threads, which sum in another order.
+    torch.testing.assert_close(grad[picked], torch.autograd.grad(sum_of_few, few)[0], rtol=2**-7, atol=0)
 
 
 def test_benchmark(tmp_path):
