@@ -203,6 +203,10 @@ CE_DEVICE void* shared_memory() {
   return memory;
 }
 
+CE_DEVICE unsigned address_in_shared(const void* address) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(address));
+}
+
 // What a kernel that started early reads of the one before it, it reads after this.
 CE_DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
@@ -221,8 +225,7 @@ CE_DEVICE void note_read(const void*, int) {}
 // Copies that are under way while their thread goes on. Those that have been committed together arrive together.
 CE_DEVICE void copy_async(uint4* shared, const uint4* global) {
 #if __CUDA_ARCH__ >= 800
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address_in_shared(shared)), "l"(global) : "memory");
 #else
   *shared = *global;
 #endif
@@ -327,111 +330,6 @@ CE_DEVICE void from_accumulator(float x, float& result) {
 }
 CE_DEVICE void from_accumulator(double x, double& result) {
   result = x;
-}
-
-// The blocks of a cluster. Chips without clusters are never asked to launch one.
-#ifdef CE_CLUSTERS
-CE_DEVICE void cluster_arrive() {
-  __cluster_barrier_arrive();
-}
-// Without making this thread's writes visible first, which takes time.
-CE_DEVICE void cluster_arrive_relaxed() {
-#ifdef CE_EMULATE
-  __cluster_barrier_arrive();
-#else
-  __cluster_barrier_arrive_relaxed();
-#endif
-}
-CE_DEVICE void cluster_wait() {
-  __cluster_barrier_wait();
-}
-// Where the block `rank` has in its shared memory what this block has at `address`.
-template <typename P>
-CE_DEVICE P* in_block(P* address, unsigned rank) {
-  return static_cast<P*>(__cluster_map_shared_rank(address, rank));
-}
-
-// An arrival barrier in a block's shared memory: it counts the bytes that the blocks of a cluster send there, turn by
-// turn. One thread begins it, and it is there for other blocks after a barrier of the cluster.
-using Arrivals = uint64_t;
-#ifdef CE_EMULATE
-CE_DEVICE void begin_arrivals(Arrivals* arrivals) {
-  emulator::mbarrier_init(arrivals, 1);
-}
-CE_DEVICE void expect_arrivals(Arrivals* arrivals, int bytes) {
-  emulator::mbarrier_arrive_expect(arrivals, bytes);
-}
-CE_DEVICE void wait_for_arrivals(Arrivals* arrivals, int parity) {
-  emulator::mbarrier_wait(arrivals, parity);
-}
-template <typename V>
-CE_DEVICE void send(const V& value, V* address, Arrivals* arrivals, unsigned rank) {
-  emulator::store_async(__cluster_map_shared_rank(address, rank), &value, sizeof(V),
-                        __cluster_map_shared_rank(arrivals, rank));
-}
-#else
-CE_DEVICE unsigned address_in_shared(const void* address) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(address));
-}
-CE_DEVICE void begin_arrivals(Arrivals* arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address_in_shared(arrivals)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-// So many bytes are to come in the next turn.
-CE_DEVICE void expect_arrivals(Arrivals* arrivals, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_in_shared(arrivals)), "r"(bytes)
-               : "memory");
-}
-// Until all have come, of a turn with an even number where `parity` is 0, with an odd one where it is 1.
-CE_DEVICE void wait_for_arrivals(Arrivals* arrivals, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred arrived;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 arrived, [%0], %1;\n"
-      "@!arrived bra again;\n"
-      "}" ::"r"(address_in_shared(arrivals)),
-      "r"(parity)
-      : "memory");
-}
-// To where block `rank` has what this one has at `address`.
-template <typename V>
-CE_DEVICE void send(const V& value, V* address, Arrivals* arrivals, unsigned rank) {
-  unsigned to, counted_by;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(address_in_shared(address)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted_by) : "r"(address_in_shared(arrivals)), "r"(rank));
-  uint64_t words[sizeof(V) / sizeof(uint64_t)];
-  static_assert(sizeof(words) == sizeof(V));
-  memcpy(words, &value, sizeof(V));
-  if constexpr (sizeof(V) == sizeof(uint64_t)) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to), "l"(words[0]),
-                 "r"(counted_by)
-                 : "memory");
-  } else {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b64 [%0], {%1, %2}, [%3];" ::"r"(to),
-                 "l"(words[0]), "l"(words[1]), "r"(counted_by)
-                 : "memory");
-  }
-}
-#endif
-#else
-CE_DEVICE void cluster_arrive() {}
-CE_DEVICE void cluster_arrive_relaxed() {}
-CE_DEVICE void cluster_wait() {}
-using Arrivals = uint64_t;
-CE_DEVICE void begin_arrivals(Arrivals*) {}
-CE_DEVICE void expect_arrivals(Arrivals*, int) {}
-CE_DEVICE void wait_for_arrivals(Arrivals*, int) {}
-template <typename V>
-CE_DEVICE void send(const V&, V*, Arrivals*, unsigned) {}
-template <typename P>
-CE_DEVICE P* in_block(P* address, unsigned) {
-  return address;
-}
-#endif
-CE_DEVICE void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
 }
 
 constexpr float kLog2E = 1.44269504f;

@@ -30,8 +30,8 @@ constexpr int64_t kBusy = 512;
 // as long as each has this many pieces.
 constexpr int64_t kFewPieces = 4;
 // Bytes of a row that a block keeps at most if it can share the row with others: three such blocks fit a
-// multiprocessor, so that one reads while another writes. Rows of more are cut into parts of kPart at most, by which
-// several small blocks fit, unless that takes large clusters, which leave many multiprocessors idle.
+// multiprocessor, so that one reads while another writes. Longer rows are cut into parts of at most kPart, of which
+// more fit, unless that takes large clusters, which leave many multiprocessors idle.
 constexpr int64_t kBlockKeeps = 72 << 10;
 constexpr int64_t kPart = 50 << 10;
 constexpr int kLargeCluster = 8;
@@ -115,7 +115,7 @@ Plan plan_forward(const Problem& p, const Device& device) {
   const int64_t pieces = pieces_of(p);
   const int64_t bytes = p.classes * size_of(p.dtype);
   if (along && plan.lanes < plan.threads) {
-    const int64_t most = p.grad.data ? kRowsKeep : 0;
+    const int64_t most = p.grad.data ? kRowsKeep : 0;  // without a gradient small blocks are the faster ones
     while (plan.threads > kSmallBlock && plan.rows() * bytes > most) {
       plan.threads /= 2;
     }

@@ -2,6 +2,7 @@
 // of a cluster. The order is fixed, so the bits of a result are too.
 #pragma once
 
+#include "cluster.cuh"
 #include "row.cuh"
 
 namespace ce::cuda {

@@ -56,7 +56,7 @@ CE_DEVICE RowSums sum_in_block(RowSums sums) {
   return threadIdx.x < kWarp ? sum_in_warp(threadIdx.x < kSumThreads / kWarp ? shared[threadIdx.x] : RowSums()) : sums;
 }
 
-// The same of a cluster, whose blocks send what they have to the first one, for the threads of that.
+// The same of a cluster, for the first block's threads, to which the others send what they have.
 class SumOfCluster {
  public:
   CE_DEVICE explicit SumOfCluster(bool is_launched)
