@@ -11,6 +11,7 @@ namespace ce::cuda {
 using Arrivals = uint64_t;
 
 #ifdef CE_CLUSTERS
+constexpr bool kHasClusters = true;
 CE_DEVICE void cluster_arrive() {
   __cluster_barrier_arrive();
 }
@@ -89,6 +90,7 @@ CE_DEVICE void send(const V& value, V* address, Arrivals* arrivals, unsigned ran
 }
 #endif
 #else
+constexpr bool kHasClusters = false;
 CE_DEVICE void cluster_arrive() {}
 CE_DEVICE void cluster_arrive_relaxed() {}
 CE_DEVICE void cluster_wait() {}

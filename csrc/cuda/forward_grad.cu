@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T, 1>)
         push_batch(state.exps, batch, 1);
       });
     }
-    if (plan.cluster) {
+    if (kHasClusters && plan.cluster) {
       // Others may write to where this thread has read z_target as soon as they have its part, which waits for that.
       state.exps.sum = z_target != z_target ? z_target : state.exps.sum;
       state.exps = exchange.sum(state, plan, seat);
