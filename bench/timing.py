@@ -44,15 +44,16 @@ def _in_the_way() -> torch.Tensor:
     return torch.zeros(CACHES // 4, device="cuda")
 
 
-def cuda_clock(operation: Operation, calls: int) -> float:
-    """The device's time. It waits until the calls are queued, so that it never waits between them.
+def read_caches_full() -> None:
+    """Whatever ran before has left in them what has to be written yet, which the next call would wait for."""
+    _in_the_way().sum()
 
-    First the caches are read full: whatever ran before has left in them what has to be written yet, which the first
-    call would wait for.
-    """
+
+def cuda_clock(operation: Operation, calls: int) -> float:
+    """The device's time. It waits until the calls are queued, so that it never waits between them."""
     prepared = [operation.prepare(call) for call in range(calls)]
     started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    _in_the_way().sum()
+    read_caches_full()
     torch.cuda._sleep(calls * QUEUED_CYCLES)
     started.record()
     kept = [operation.run(inputs) for inputs in prepared]

@@ -237,6 +237,7 @@ class Device(TorchFunctionMode):
         self.asked, self.now, self.allocated = [], 0.0, 100
         for name in ("_sleep", "synchronize", "reset_peak_memory_stats", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: self.asked.append(name))
+        monkeypatch.setattr(timing, "read_caches_full", lambda: self.asked.append("read"))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: self.allocated)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.allocated + 7)
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
@@ -271,7 +272,7 @@ def test_the_device_waits_until_its_calls_are_queued(monkeypatch):
     device = Device(monkeypatch)
     operation = timing.Operation(device.call, prepare=lambda call: device.asked.append("prepare"))
     assert timing.cuda_clock(operation, 3) == 2
-    assert device.asked == [*["prepare"] * 3, "_sleep", "record", *["call"] * 3, "record", "wait"]
+    assert device.asked == [*["prepare"] * 3, "read", "_sleep", "record", *["call"] * 3, "record", "wait"]
     device.asked.clear()
     timing.cuda_overhead_clock(operation, 2)
     assert device.asked == ["synchronize", "prepare", "prepare", "call", "call", "synchronize"]
