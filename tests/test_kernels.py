@@ -215,7 +215,7 @@ MISTAKES = {
         "thread",
         ["sharing"],
         "reduce.cuh",
-        "parts_ + turn_ % 2 * this->parts(plan)",
+        "parts_ + turn_ % 2 * parts(plan)",
         "parts_",
     ),
     "message over what other lanes of the warp read": (

@@ -109,4 +109,13 @@ CE_DEVICE void cluster_barrier() {
   cluster_wait();
 }
 
+// By all threads of a cluster: the arrivals of a first turn, which others may send to after cluster_wait().
+CE_DEVICE void open_arrivals(Arrivals* arrivals, int bytes) {
+  if (threadIdx.x == 0) {
+    begin_arrivals(arrivals);
+    expect_arrivals(arrivals, bytes);
+  }
+  cluster_arrive_relaxed();  // begin_arrivals() has made visible what it has written
+}
+
 }  // namespace ce::cuda

@@ -195,6 +195,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
+// Shared memory of a block: the states that are summed up, its rows' sums, the kept pieces.
+template <typename Walk, typename State>
+int64_t shared_bytes(const Plan& plan) {
+  return shared_states<Walk>(plan) * sizeof(State) + shared_sums(plan) * sizeof(RowSums) +
+         static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
+}
+
 template <typename Walk, bool kGeneral, bool kStats, typename P>
 void launch_rows(const P& p, const Plan& plan, Stream stream) {
   using T = typename Walk::Element;

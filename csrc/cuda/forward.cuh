@@ -209,11 +209,4 @@ class Kept {
   int stride_;
 };
 
-// Shared memory of a block: the states that are summed up, its rows' sums, the kept pieces.
-template <typename Walk, typename State>
-int64_t shared_bytes(const Plan& plan) {
-  return shared_states<Walk>(plan) * sizeof(State) + shared_sums(plan) * sizeof(RowSums) +
-         static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
-}
-
 }  // namespace ce::cuda

@@ -148,11 +148,7 @@ class Exchange {
       : arrivals_(static_cast<Arrivals*>(shared)),
         parts_(reinterpret_cast<MaxSum<A>*>(static_cast<char*>(shared) + sizeof(Header))) {
     if (plan.cluster) {
-      if (threadIdx.x == 0) {
-        begin_arrivals(arrivals_);
-        expect_arrivals(arrivals_, bytes_of_turn(plan));
-      }
-      cluster_arrive_relaxed();  // begin_arrivals() has made visible what it has written
+      open_arrivals(arrivals_, bytes_of_turn(plan));
     }
   }
 
@@ -164,10 +160,10 @@ class Exchange {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = plan.threads / kWarp;
     // All have read the part that was here two turns ago: otherwise their warps would not all have sent another since,
     // each after all its lanes have read.
-    MaxSum<A>* const parts = parts_ + turn_ % 2 * this->parts(plan);
+    MaxSum<A>* const of_turn = parts_ + turn_ % 2 * parts(plan);
     __syncwarp();
     if (lane < plan.blocks) {
-      send(state.exps, parts + seat.block * warps + warp, arrivals_, lane);
+      send(state.exps, of_turn + seat.block * warps + warp, arrivals_, lane);
     }
     wait_for_arrivals(arrivals_, turn_ % 2);
     if (threadIdx.x == 0) {
@@ -175,8 +171,8 @@ class Exchange {
     }
     ++turn_;
     state = RowState<A>();
-    CE_NO_UNROLL for (int part = lane; part < this->parts(plan); part += kWarp) {
-      state.exps = state.exps.merge(parts[part]);
+    CE_NO_UNROLL for (int part = lane; part < parts(plan); part += kWarp) {
+      state.exps = state.exps.merge(of_turn[part]);
     }
     return sum_of_lanes<false>(state, kWarp).exps;
   }

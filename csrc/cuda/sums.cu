@@ -63,11 +63,7 @@ class SumOfCluster {
       : parts_(static_cast<RowSums*>(shared_memory()) + kSumThreads / kWarp),
         arrivals_(reinterpret_cast<Arrivals*>(parts_ + kCluster)) {
     if (is_launched) {
-      if (threadIdx.x == 0) {
-        begin_arrivals(arrivals_);
-        expect_arrivals(arrivals_, kCluster * sizeof(RowSums));
-      }
-      cluster_arrive_relaxed();  // begin_arrivals() has made visible what it has written
+      open_arrivals(arrivals_, kCluster * sizeof(RowSums));
     }
   }
 

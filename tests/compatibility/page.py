@@ -1,6 +1,7 @@
 """docs/compatibility.md, from the table that the tests run."""
 
 import datetime
+import functools
 import json
 import platform
 from pathlib import Path
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 
 
+@functools.cache
 def run_on_gpu() -> str:
     """Where all cells have passed on a GPU, by what `make gpu-check` has written last; empty if nowhere."""
     runs = {}

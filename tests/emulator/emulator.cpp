@@ -250,6 +250,10 @@ Thread& self_in(const char* function) {
   return *self_;
 }
 
+bool is_in_own_shared(const void* address) {
+  return static_cast<size_t>(static_cast<const char*>(address) - self_->block->shared) < launch_->shared_bytes;
+}
+
 void acquire(const void* token) {
   if (__tsan_acquire) __tsan_acquire(const_cast<void*>(token));
 }
@@ -298,10 +302,10 @@ void wait_at(Wait what, Pending* pending = nullptr) {
   run_next(self, *self.warp);
 }
 
-void wake(Thread* threads, size_t count, Wait what) {
+void wake(Thread* threads, size_t count, Wait what, const void* mbarrier = nullptr) {
   for (size_t i = 0; i < count; i++) {
     Thread& thread = threads[i];
-    if (thread.wait != what) continue;
+    if (thread.wait != what || (mbarrier && thread.mbarrier != mbarrier)) continue;
     thread.wait = Wait::kNone;
     thread.warp->ready |= 1u << thread.lane;
   }
@@ -633,9 +637,7 @@ void begin_copy(void* to, const void* from, size_t bytes) {
   if (bytes != 4 && bytes != 8 && bytes != 16) fail("__pipeline_memcpy_async of %zu bytes", bytes);
   check_vector_access(to, bytes);
   check_vector_access(from, bytes);
-  if (static_cast<size_t>(static_cast<char*>(to) - self.block->shared) >= launch_->shared_bytes) {
-    fail("__pipeline_memcpy_async to what is not its shared memory");
-  }
+  if (!is_in_own_shared(to)) fail("__pipeline_memcpy_async to what is not its shared memory");
   for (const Copy& copy : self.copies) {
     if (copy.to == to) fail("__pipeline_memcpy_async to where another copy is under way");
   }
@@ -668,22 +670,15 @@ void end_phase(Mbarrier& barrier) {
   if (barrier.missing != 0 || barrier.bytes != 0) return;
   barrier.missing = barrier.arrivals;
   barrier.phase++;
-  for (unsigned i = 0; i < launch_->running(); i++) {
-    Thread& thread = launch_->cluster->threads[i];
-    if (thread.wait != Wait::kMbarrier || thread.mbarrier != &barrier) continue;
-    thread.wait = Wait::kNone;
-    thread.warp->ready |= 1u << thread.lane;
-  }
+  wake(launch_->cluster->threads, launch_->running(), Wait::kMbarrier, &barrier);
 }
 
 }  // namespace
 
 void mbarrier_init(void* address, int arrivals) {
-  const Block& own = *self_in("mbarrier_init").block;
+  self_in("mbarrier_init");
   check_vector_access(address, sizeof(Mbarrier));
-  if (static_cast<size_t>(static_cast<char*>(address) - own.shared) >= launch_->shared_bytes) {
-    fail("mbarrier_init of what is not its shared memory");
-  }
+  if (!is_in_own_shared(address)) fail("mbarrier_init of what is not its shared memory");
   *static_cast<Mbarrier*>(address) = {0, int8_t(arrivals), int8_t(arrivals), 0, Mbarrier::kMark};
 }
 
