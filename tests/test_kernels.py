@@ -290,7 +290,7 @@ MISTAKES = {
     "shared memory too small": (
         "plain",
         ["tables"],
-        "forward.cuh",
+        "forward.cu",
         "static_cast<int64_t>(plan.kept) * plan.threads",
         "static_cast<int64_t>(plan.kept) * (plan.threads - 1)",
     ),
