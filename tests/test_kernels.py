@@ -107,6 +107,7 @@ def run(directory, *groups, **environment):
 GROUPS = [
     *["tails", "layouts", "regimes", "sharing", "tables", "special", "many rows"],
     *["options", "gradients", "stats", "teacher", "picks", "shards", "scale"],
+    *["bundles", "shared bundles"],
 ]
 # Under ThreadSanitizer a launch takes twenty times as long: one dtype, and what differs in how threads share a row.
 RUNS = [
@@ -114,6 +115,7 @@ RUNS = [
     *[("plain", group, {"CE_EMULATOR_ORDER": "random"}) for group in ("layouts", "special", "sharing", "picks")],
     *[("address", group, {}) for group in GROUPS],
     *[("thread", group, ONE_DTYPE) for group in ("tails", "layouts", "sharing", "special", "picks", "scale")],
+    ("thread", "shared bundles", ONE_DTYPE),
 ]
 
 
@@ -428,8 +430,8 @@ MISTAKES = {
         "plain",
         ["sharing"],
         "forward.cuh",
-        "i < plan.rows(); i += kWarp",
-        "i < plan.rows() && i < kWarp; i += kWarp",
+        "i < count; i += kWarp",
+        "i < count && i < kWarp; i += kWarp",
     ),
     "a tile's sums from all blocks of its cluster": (
         "plain",
@@ -669,6 +671,76 @@ MISTAKES = {
         "../shards.h",
         "of_shard[2 * s.rows], of_shard[3 * s.rows]}",
         "of_shard[2 * s.rows], 0}",
+    ),
+    "a bundle's rows finished before all have their sums": (
+        "thread",
+        ["shared bundles"],
+        "bundles.cu",
+        "    __syncthreads();\n    if (kKeeps && p.grad.data) {\n      wait_for_previous();",
+        "    if (kKeeps && p.grad.data) {\n      wait_for_previous();",
+    ),
+    "a bundle's gradient before its rows are finished": (
+        "thread",
+        ["shared bundles"],
+        "bundles.cu",
+        "    });\n    __syncthreads();\n    if constexpr (kKeeps) {",
+        "    });\n    if constexpr (kKeeps) {",
+    ),
+    "the next tile of bundles over the rows of this one": (
+        "thread",
+        ["shared bundles"],
+        "bundles.cu",
+        "    });\n    __syncthreads();\n    if constexpr (kKeeps) {",
+        "    });\n    if (kKeeps && p.grad.data) {\n      __syncthreads();\n    }\n    if constexpr (kKeeps) {",
+    ),
+    "the next gradient of bundles over the rows of this one": (
+        "thread",
+        ["shared bundles"],
+        "bundles.cu",
+        "    __syncthreads();\n  }\n}\n\n// Calls f with",
+        "  }\n}\n\n// Calls f with",
+    ),
+    "the target's logit of another bundle": (
+        "plain",
+        ["bundles"],
+        "bundles.cu",
+        "(of - first * kBundle<T>);",
+        "(of - first * kBundle<T>) % kBundle<T>;",
+    ),
+    "a tile's rows behind the last one": (
+        "address",
+        ["bundles"],
+        "bundles.cu",
+        "static_cast<int>(left < plan.rows() * kBundle<T> ? left : plan.rows() * kBundle<T>)",
+        "plan.rows() * kBundle<T> + static_cast<int>(left - left)",
+    ),
+    "a bundle ignored with its first row": (
+        "plain",
+        ["shared bundles"],
+        "bundles.cu",
+        "CE_NO_UNROLL for (int r = 0; r < kBundle<T>; ++r) {\n    result |=",
+        "CE_NO_UNROLL for (int r = 0; r < 1; ++r) {\n    result |=",
+    ),
+    "gradient of an ignored row in a bundle": (
+        "plain",
+        ["bundles"],
+        "bundles.cu",
+        "    if (has_zeros) {",
+        "    if (has_zeros && classes.count < 0) {",
+    ),
+    "bundles over the end of a line": (
+        "plain",
+        ["bundles"],
+        "plan.cu",
+        " && p.sizes[p.dims - 1] % bundle == 0;",
+        ";",
+    ),
+    "bundles that are misaligned": (
+        "plain",
+        ["bundles"],
+        "plan.cu",
+        "reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 &&",
+        "operand.data &&",
     ),
     "elements multiplied by 1": (
         "plain",

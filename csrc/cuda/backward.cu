@@ -40,9 +40,7 @@ CE_DEVICE RowGradient<A> gradient_of_row(const Problem& p, const Plan& plan, int
   } else if constexpr (kGeneral) {
     sum += sum_of_coefficients(plan, walk, coefficients, seat);
   }
-  RowUpstream<A> upstream;
-  upstream.loss = target.kept ? upstream_of<A>(p, row) : A(0);
-  upstream.lse = row_value<A>(p, p.grad_lse, row, 0);
+  RowUpstream<A> upstream = upstream_of_row(p, row, target);
   A entropy = 0;
   if constexpr (kGeneral) {
     upstream.log_prob = target.kept ? row_value<A>(p, p.grad_log_prob, row, 0) : A(0);
@@ -225,6 +223,10 @@ void find_divisor(const Problem& p, Stream stream) {
 void map_gradient(const Problem& p, const Plan& plan, Stream stream) {
   if (p.target_type == TargetType::kTeacher) {
     map_divergence_gradient(p, plan, /*of_teacher=*/false, stream);
+    return;
+  }
+  if (plan.bundle > 1) {
+    backward_bundles(p, plan, stream);
     return;
   }
   dispatch_walk(p, [&](auto* type) {

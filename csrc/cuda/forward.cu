@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kMaxThreads,
   }
   wait_for_previous();  // in any case: whoever comes next takes both for done
   if (plan.sums) {
-    sum_tile<A>(p, plan, Walk::seat(plan), sums);
+    sum_tile<A>(p, plan, Walk::seat(plan), sums, plan.rows());
   }
 }
 
@@ -202,10 +202,15 @@ int64_t shared_bytes(const Plan& plan) {
          static_cast<int64_t>(plan.kept) * plan.threads * sizeof(Piece<typename Walk::Element, Walk::kSize>);
 }
 
+template <typename T, bool kGeneral, bool kStats>
+void merge_rows(const Problem& p, int blocks, Stream stream) {
+  constexpr int kRows = 8;  // of a block
+  launch(merge_parts<T, kGeneral, kStats>, {(p.rows + kRows - 1) / kRows, kRows * kWarp}, stream, p, blocks);
+}
+
 template <typename Walk, bool kGeneral, bool kStats, typename P>
 void launch_rows(const P& p, const Plan& plan, Stream stream) {
   using T = typename Walk::Element;
-  const bool merges = plan.blocks > 1 && !plan.cluster;
   Grid grid{blocks_for(p, plan), plan.threads, plan.cluster ? plan.blocks : 1};
   grid.early = true;
   grid.shared = shared_bytes<Walk, State<Acc<T>, kStats>>(plan);
@@ -218,9 +223,8 @@ void launch_rows(const P& p, const Plan& plan, Stream stream) {
         writes_grad ? forward_rows<Walk, kGrad, kGeneral, false, P> : forward_rows<Walk, kGeneral, kGeneral, false, P>,
         grid, stream, p, plan);
   }
-  if (merges) {
-    constexpr int kRows = 8;  // of a block
-    launch(merge_parts<T, kGeneral, kStats>, {(p.rows + kRows - 1) / kRows, kRows * kWarp}, stream, p, plan.blocks);
+  if (merges_parts(plan)) {
+    merge_rows<T, kGeneral, kStats>(p, plan.blocks, stream);
   }
 }
 
@@ -246,7 +250,6 @@ void forward(const Problem& problem, const Plan& given, Stream stream) {
     using T = decltype(element);
     Problem p = problem;
     Plan plan = given;
-    const bool merges = plan.blocks > 1 && !plan.cluster;
     const bool grad_needs_a_pass = p.grad.data && has_gradient_pass(p, plan);
     if (grad_needs_a_pass && !p.max) {
       Acc<T>* rows = Workspace(p.workspace).template rows<Acc<T>>();
@@ -255,7 +258,7 @@ void forward(const Problem& problem, const Plan& given, Stream stream) {
         rows += p.rows;
       }
     }
-    plan.sums = p.total && !merges && p.target_type != TargetType::kTeacher;
+    plan.sums = p.total && !merges_parts(plan) && p.target_type != TargetType::kTeacher;
     if (plan.sums) {
       plan.tiles = std::min<int64_t>(plan.tiles, kMaxTiles);
     }
@@ -267,6 +270,11 @@ void forward(const Problem& problem, const Plan& given, Stream stream) {
     }
     if (p.target_type == TargetType::kTeacher) {
       diverge(p, plan, stream);
+    } else if (plan.bundle > 1) {
+      forward_bundles(p, plan, stream);
+      if (merges_parts(plan)) {
+        merge_rows<T, false, false>(p, plan.blocks, stream);
+      }
     } else if (p.grad.data && walks_along(p) && !is_general(p) && !grad_needs_a_pass) {
       forward_grad(p, plan, stream);
     } else {

@@ -148,16 +148,16 @@ CE_HOST_DEVICE int shared_sums(const Plan& plan) {
   return plan.sums ? plan.rows() : 0;
 }
 
-// Leaves the sum of a tile's rows for sum_tiles(), or the results where there is no other tile. Of what each thread
-// that finishes rows has in `shared`.
+// Leaves the sum of a tile's rows for sum_tiles(), or the results where there is no other tile. Of what the `count`
+// threads that finish rows have in `shared`.
 template <typename A>
-CE_DEVICE void sum_tile(const Problem& p, const Plan& plan, const Seat& seat, const RowSums* shared) {
+CE_DEVICE void sum_tile(const Problem& p, const Plan& plan, const Seat& seat, const RowSums* shared, int count) {
   __syncthreads();
   if (threadIdx.x >= kWarp || seat.block != 0) {
     return;
   }
   RowSums sums;
-  CE_NO_UNROLL for (int i = threadIdx.x; i < plan.rows(); i += kWarp) {
+  CE_NO_UNROLL for (int i = threadIdx.x; i < count; i += kWarp) {
     add(sums, shared[i]);
   }
   sums = sum_in_warp(sums);

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<T, 1>)
   }
   wait_for_previous();  // in any case: whoever comes next takes both for done
   if (plan.sums) {
-    sum_tile<A>(p, plan, seat, shared.sums);
+    sum_tile<A>(p, plan, seat, shared.sums, plan.rows());
   }
 }
 

@@ -43,6 +43,10 @@ constexpr int64_t kRowsKeep = 72 << 10;
 constexpr int64_t kMostPieces = 16;
 // Threads of a multiprocessor that run at a time in the backward pass.
 constexpr int64_t kResident = 1024;
+// Bundles of a block, at least: with them it reads so many times sixteen bytes at a time.
+constexpr int kFewBundles = 4;
+// Where a thread keeps all classes of its bundle without a gradient too, it has up to so many.
+constexpr int64_t kFewClasses = 32;
 // A row that has a multiprocessor to itself is shared as long as each thread has at least so many pieces.
 constexpr int64_t kWorthSharing = 8;
 
@@ -69,6 +73,65 @@ int64_t state_size(const Problem& p) {
   return p.target_type == TargetType::kTeacher ? sizeof(RowDivergence<double>)
          : has_stats(p)                        ? sizeof(RowStats<double>)
                                                : sizeof(RowState<double>);
+}
+
+// Whether sixteen bytes of a class are those of neighbouring rows, wherever they are.
+template <typename Pointer>
+bool lies_in_bundles(const Problem& p, const Operand<Pointer>& operand, int64_t bundle) {
+  bool result = reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 && operand.strides[p.dims - 1] == 1 &&
+                operand.class_stride % bundle == 0 && p.sizes[p.dims - 1] % bundle == 0;
+  for (int d = 0; d < p.dims - 1; ++d) {
+    result &= operand.strides[d] % bundle == 0;
+  }
+  return result;
+}
+
+// As many rows as a bundle has, or 1 where they are not taken in bundles.
+int bundle_of(const Problem& p) {
+  const int bundle = static_cast<int>(16 / size_of(p.dtype));
+  const bool is_one = bundle > 2 && p.classes <= std::numeric_limits<int32_t>::max() && !walks_along(p) &&
+                      has_indices(p) && !is_general_backward(p) && !has_stats(p) &&
+                      lies_in_bundles(p, p.logits, bundle) && (!p.grad.data || lies_in_bundles(p, p.grad, bundle));
+  return is_one ? bundle : 1;
+}
+
+// Lanes for a bundle, up to as many as leave a block `kFewBundles`.
+Plan plan_bundles(const Problem& p, const Device& device, int bundle) {
+  Plan plan;
+  plan.bundle = bundle;
+  plan.threads = kBundleThreads;
+  plan.lanes = 1;
+  while (plan.rows() > kFewBundles && p.rows / bundle * plan.lanes < kBusy * device.multiprocessors &&
+         p.classes >= 2 * plan.lanes * kFewPieces) {
+    plan.lanes *= 2;
+  }
+  return plan;
+}
+
+Plan plan_forward_bundles(const Problem& p, const Device& device, int bundle) {
+  Plan plan = plan_bundles(p, device, bundle);
+  const auto keep = [&] {
+    const int64_t kept = (p.classes + plan.lanes - 1) / plan.lanes;
+    const int64_t states = plan.lanes > 1 ? plan.threads * bundle * static_cast<int64_t>(sizeof(MaxSum<float>)) : 0;
+    const int64_t others = states + plan.threads * static_cast<int64_t>(sizeof(RowSums)) + plan.rows() * bundle * 16;
+    plan.kept = kept * plan.threads * 16 + others <= device.shared_memory ? static_cast<int>(kept) : 0;
+  };
+  if (p.grad.data) {
+    while (plan.rows() > kFewBundles && p.classes * plan.rows() * 16 > kRowsKeep) {
+      plan.lanes *= 2;
+    }
+    keep();
+  } else if (plan.lanes == 1 && p.classes <= kFewClasses) {
+    keep();
+  } else {
+    const int64_t tiles = (p.rows / bundle + plan.rows() - 1) / plan.rows();
+    while (tiles * plan.blocks < device.multiprocessors && 2 * p.rows * plan.blocks <= kMaxParts &&
+           p.classes >= 2 * kWorthSharing * plan.lanes * plan.blocks) {
+      plan.blocks *= 2;
+    }
+  }
+  plan.reads_all = p.classes <= kShortRow;
+  return plan;
 }
 
 // Lanes for a row, blocks for few rows.
@@ -110,6 +173,9 @@ Plan plan_threads(const Problem& p, const Device& device, const Sharing& sharing
 }  // namespace
 
 Plan plan_forward(const Problem& p, const Device& device) {
+  if (const int bundle = bundle_of(p); bundle > 1) {
+    return plan_forward_bundles(p, device, bundle);
+  }
   Plan plan = plan_threads(p, device, p.grad.data ? kForwardGrad : kForward);
   const bool along = walks_along(p);
   const int64_t pieces = pieces_of(p);
@@ -145,11 +211,14 @@ Plan plan_forward(const Problem& p, const Device& device) {
 }
 
 bool has_gradient_pass(const Problem& p, const Plan& plan) {
-  const bool copies = walks_along(p) && !is_general(p) && p.target_type != TargetType::kTeacher;
-  return (plan.blocks > 1 && !plan.cluster) || (copies && plan.kept == 0);
+  const bool copies = (walks_along(p) && !is_general(p) && p.target_type != TargetType::kTeacher) || plan.bundle > 1;
+  return merges_parts(plan) || (copies && plan.kept == 0);
 }
 
 Plan plan_backward(const Problem& p, const Device& device) {
+  if (const int bundle = bundle_of(p); bundle > 1) {
+    return plan_bundles(p, device, bundle);
+  }
   Plan plan = plan_threads(p, device, kBackward);
   if (!walks_along(p) || is_general_backward(p)) {
     return plan;

@@ -23,9 +23,10 @@ CE_HOST_DEVICE int log2_of(int power) {
 }
 
 struct Plan {
+  int bundle = 1;        // neighbouring rows that a thread takes together: where it is more, a bundle is a row here
   int threads = 256;     // of a block; a power of two
   int lanes = 32;        // threads of a block that share a row; a power of two
-  int blocks = 1;        // that share a row; a power of two; more than one only where lanes = threads
+  int blocks = 1;        // that share a row; a power of two; of single rows more than one only where lanes = threads
   bool cluster = false;  // whether those are one cluster; otherwise a second kernel merges what they find
   int kept = 0;          // pieces that each thread keeps in shared memory for the gradient; 0: none
 
@@ -45,6 +46,13 @@ inline bool walks_along(const Problem& p) {
 Plan plan_forward(const Problem&, const Device&);
 Plan plan_backward(const Problem&, const Device&);
 
+constexpr int kBundleThreads = 128;  // of a block that takes bundles, at most
+
+// Whether what blocks find of a row is left to a second kernel.
+inline bool merges_parts(const Plan& plan) {
+  return plan.blocks > 1 && !plan.cluster;
+}
+
 // Whether the gradient of a forward pass takes a pass of its own: of rows that blocks share without a cluster, and of
 // those whose copies of all pieces nobody has room for.
 bool has_gradient_pass(const Problem&, const Plan&);
@@ -55,6 +63,10 @@ void backward(const Problem&, const Plan&, Stream);
 
 // The forward pass of rows that keep their pieces for the gradient, of calls that are not general.
 void forward_grad(const Problem&, const Plan&, Stream);
+
+// Passes of rows that are taken in bundles.
+void forward_bundles(const Problem&, const Plan&, Stream);
+void backward_bundles(const Problem&, const Plan&, Stream);
 
 // The steps that they share. The divisor of the mean, where it is the kept rows' weight, and, with `losses`, `total`:
 void sum_rows(const Problem&, bool losses, Stream);

@@ -1,8 +1,8 @@
 // How the threads that share a row walk through it.
 //
 // A walk cuts a row into pieces: sixteen aligned bytes where the classes lie next to each other (Along), single
-// elements where they do not (Across). What lies before the first and behind the last whole piece are its edges. The
-// pieces go to the threads in turn, so that neighbours read neighbours.
+// elements where they do not (Across; bundles.cu has another way). What lies before the first and behind the last
+// whole piece are its edges. The pieces go to the threads in turn, so that neighbours read neighbours.
 #pragma once
 
 #include "launch.cuh"
@@ -60,7 +60,7 @@ struct Seat {
 
 // The blocks that take all rows.
 inline int64_t blocks_for(const Problem& p, const Plan& plan) {
-  const int64_t tiles = (p.rows + plan.rows() - 1) / plan.rows();
+  const int64_t tiles = (p.rows / plan.bundle + plan.rows() - 1) / plan.rows();
   return std::min({tiles, plan.tiles, kMaxBlocks / plan.blocks}) * plan.blocks;
 }
 

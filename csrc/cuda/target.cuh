@@ -203,6 +203,14 @@ CE_DEVICE A upstream_of(const Problem& p, int64_t row) {
   return upstream_of(
       p, row, grad.data ? A(load_as_double(grad.data, row_offset(p, row, grad.strides), p.grad_loss_type)) : A(1));
 }
+// What reaches a row's loss and its log-sum-exp.
+template <typename A>
+CE_DEVICE RowUpstream<A> upstream_of_row(const Problem& p, int64_t row, const RowTarget<A>& target) {
+  RowUpstream<A> upstream;
+  upstream.loss = target.kept ? upstream_of<A>(p, row) : A(0);
+  upstream.lse = row_value<A>(p, p.grad_lse, row, 0);
+  return upstream;
+}
 
 // The gradient of the formula's logits z, of a piece of a row from class c on, but for the part that only the target
 // has.

@@ -4,6 +4,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #include "../../csrc/cuda/backward.cu"
+#include "../../csrc/cuda/bundles.cu"
 #include "../../csrc/cuda/divergence.cu"
 #include "../../csrc/cuda/errors.cu"
 #include "../../csrc/cuda/forward.cu"

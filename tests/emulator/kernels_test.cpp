@@ -1981,6 +1981,129 @@ void run_shards(const char* group) {
   }
 }
 
+// Losses of indices that leave no class but the target's with a coefficient.
+std::vector<Case> plain_losses(const Case& c) {
+  Case summed = c;
+  summed.reduction = 's';
+  summed.ignores_runs = true;
+  Case weighted = c;
+  weighted.ignores = weighted.weighted = weighted.row_weighted = true;
+  weighted.z_loss = 0.02;
+  weighted.reduction = 'm';
+  Case divided = c;
+  divided.ignores = divided.row_weighted = true;
+  divided.outputs = kLse;
+  divided.reduction = 'd';
+  Case bad = c;
+  bad.target = TargetType::kInt32;
+  bad.ignores = bad.has_bad_target = true;
+  return {summed, weighted, divided, bad};
+}
+
+// Neighbouring rows that a thread takes together, with a check that it does.
+struct Bundles {
+  int size;
+  Case c;
+
+  explicit Bundles(DType dtype) : size(16 / Array::size_of(dtype)) {
+    c.dtype = dtype;
+    c.inner_is_last = true;
+    c.inner = 5 * size;
+    c.classes = 21;
+  }
+  ChangePlan are(bool taken, const ChangePlan& change = {}) const {
+    return [=](cuda::Plan& plan) {
+      const int expected = taken ? size : 1;
+      if (plan.bundle != expected) {
+        ++failures;
+        std::printf("bundles are of %d rows, not %d\n", plan.bundle, expected);
+      }
+      if (change) {
+        change(plan);
+      }
+    };
+  }
+};
+const std::vector<DType> kBundledDTypes = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
+
+// Lines of one bundle, of several, of more than a block takes; as many classes as are kept, or summed together, fewer
+// and more, read before the target or after; rows that cannot be taken so, each for another reason.
+void run_bundles(const char* group) {
+  for (const DType dtype : these_or_one(kBundledDTypes)) {
+    const Bundles bundles(dtype);
+    for (const int64_t line : {1, 5, 131}) {
+      for (const int64_t classes : {1, 2, 7, 8, 9, 21, 32, 33}) {
+        Case c = bundles.c;
+        c.outer = line > 5 ? 1 : 3;
+        c.inner = line * bundles.size;
+        c.classes = classes;
+        c.gap = classes % 2 * bundles.size;
+        run_all(group, first(line > 5 ? 1 : 4, plain_losses(c)), bundles.are(true));
+      }
+    }
+    Case c = bundles.c;
+    c.inner = 3 * bundles.size;
+    for (const int64_t classes : {511, 512, 513, 3001, 5000}) {
+      c.classes = classes;
+      run_all(group, first(classes > 512 ? 2 : 1, plain_losses(c)), bundles.are(true));
+    }
+    c.has_special_rows = true;
+    for (const int64_t classes : {7, 300, 3000, 5000}) {
+      c.classes = classes;
+      run_all(group, {c}, bundles.are(true));
+    }
+    run_sharded(group, shards(bundles.c, 3)[1]);
+    Case odd_line = bundles.c, misaligned = bundles.c, odd_gap = bundles.c, otherwise = bundles.c;
+    odd_line.inner += bundles.size / 2;
+    odd_line.gap = bundles.size / 2;
+    misaligned.offset = bundles.size / 2;
+    odd_gap.gap = 1;
+    otherwise.companions_lie_otherwise = true;
+    run_all(group, {odd_line, misaligned, odd_gap, losses(bundles.c)[2], stats(bundles.c)[0]}, bundles.are(false));
+    run(group, otherwise, {Pass::kForwardGrad, Pass::kBackward});
+  }
+  for (const int64_t inner : {8, 15}) {
+    Case c = Bundles(these_or_one({DType::kFloat64})[0]).c;
+    c.inner = inner;
+    run_all(group, plain_losses(c));
+  }
+}
+
+// Each way to share a bundle, and blocks that take one tile of them after another.
+void run_shared_bundles(const char* group) {
+  for (const DType dtype : these_or_one(kBundledDTypes)) {
+    const Bundles bundles(dtype);
+    for (const int lanes : {1, 8, 128}) {
+      for (const bool keeps : {true, false}) {
+        Case c = bundles.c;
+        c.classes = 67;
+        c.inner = (256 / lanes + 1) * bundles.size;
+        const ChangePlan change = bundles.are(true, [=](cuda::Plan& plan) {
+          plan.lanes = lanes;
+          plan.kept = keeps ? 67 / lanes + 1 : 0;
+        });
+        run_all(group, first(2, plain_losses(c)), change);
+        for (const bool reads_all : {true, false}) {
+          run(group, plain_losses(c)[reads_all], {Pass::kForwardGrad, Pass::kBackward, Pass::kInplace},
+              [=](cuda::Plan& plan) {
+                in_turn(change)(plan);
+                plan.reads_all = reads_all;
+              });
+        }
+      }
+    }
+    for (const int blocks : {2, 4}) {
+      Case c = bundles.c;
+      c.classes = 301;
+      run_all(group, plain_losses(c), bundles.are(true, [=](cuda::Plan& plan) {
+        plan.lanes = 32;
+        plan.blocks = blocks;
+        plan.kept = 0;
+      }));
+    }
+  }
+}
+
 // Memory of which only what is touched exists.
 class SparseMemory {
  public:
@@ -2047,7 +2170,7 @@ void run_scale(const char* group) {
 template <typename T>
 void compare_far(const char* group, DType dtype, bool across, int dims) {
   constexpr int64_t kFar = (int64_t{1} << 31) + 8;
-  const int64_t outer = across ? 70 : 3, inner = int64_t{1} << (dims - 1);
+  const int64_t outer = across ? 72 : 3, inner = int64_t{1} << (dims - 1);
   const int64_t rows = outer * inner, classes = across ? 3 : 600;
   std::vector<double> results[2];
   for (const bool far : {false, true}) {
@@ -2111,11 +2234,15 @@ struct Group {
   void (*run)(const char* group);
 };
 
-const Group kGroups[] = {{"tails", run_tails},     {"layouts", run_layouts},     {"regimes", run_regimes},
-                         {"sharing", run_sharing}, {"tables", run_tables},       {"special", run_special},
-                         {"options", run_options}, {"gradients", run_gradients}, {"stats", run_stats},
-                         {"teacher", run_teacher}, {"many rows", run_many_rows}, {"far", run_far},
-                         {"picks", run_picks},     {"shards", run_shards},       {"scale", run_scale}};
+const Group kGroups[] = {{"tails", run_tails},         {"layouts", run_layouts},
+                         {"regimes", run_regimes},     {"sharing", run_sharing},
+                         {"tables", run_tables},       {"special", run_special},
+                         {"options", run_options},     {"gradients", run_gradients},
+                         {"stats", run_stats},         {"teacher", run_teacher},
+                         {"many rows", run_many_rows}, {"far", run_far},
+                         {"picks", run_picks},         {"shards", run_shards},
+                         {"bundles", run_bundles},     {"shared bundles", run_shared_bundles},
+                         {"scale", run_scale}};
 
 }  // namespace
 
