@@ -690,6 +690,13 @@ MISTAKES = {
         "thread",
         ["shared bundles"],
         "bundles.cu",
+        "        __syncthreads();\n      }\n    }\n  }\n  wait_for_previous();",
+        "      }\n    }\n  }\n  wait_for_previous();",
+    ),
+    "the next tile of bundles over what the target's logit is read from": (
+        "thread",
+        ["shared bundles"],
+        "bundles.cu",
         "    });\n    __syncthreads();\n    if constexpr (kKeeps) {",
         "    });\n    if (kKeeps && p.grad.data) {\n      __syncthreads();\n    }\n    if constexpr (kKeeps) {",
     ),

@@ -50,26 +50,32 @@ struct BundleState {
   }
 };
 
-// A row of a block's tile, in shared memory.
+// Of a row: what its own part of the results is made from,
 template <typename A>
-struct alignas(4 * sizeof(A)) TileRow {
+struct RowParts {
+  MaxSum<A> exps;
+  int64_t index;  // what index_of() has read
+};
+// and then what its gradients are made from.
+template <typename A>
+struct GradientParts {
   A max;
-  A scale;     // of the exponentials in the gradient; their sum before that is known
+  A scale;     // of the exponentials
   A own;       // what the target's class has besides
   int target;  // that class, or −1
 
-  CE_DEVICE void set_gradient(const RowGradient<A>& gradient, const RowTarget<A>& of_target) {
-    max = gradient.max;
-    scale = gradient.scale;
-    own = gradient.upstream * of_target.coefficient;
-    target = static_cast<int>(of_target.index);
-  }
   // 0 in all classes, whatever the logits are.
-  CE_DEVICE void set_zeros() { target = kZeros; }
+  CE_DEVICE static GradientParts zeros() { return {0, 0, 0, kZeros}; }
   CE_DEVICE bool is_zeros() const { return target == kZeros; }
 
  private:
   static constexpr int kZeros = -2;
+};
+// A row of a block's tile, in shared memory.
+template <typename A>
+union alignas(16) TileRow {
+  RowParts<A> row;
+  GradientParts<A> gradient;
 };
 
 // A thread's classes of a bundle: those from `first` on, `step` apart.
@@ -105,10 +111,10 @@ template <int kBatch, typename T>
 CE_DEVICE void write_bundle(BundlePieces<T> grad, BundlePieces<const T> logits, const Classes& classes,
                             const TileRow<Acc<T>>* rows) {
   using A = Acc<T>;
-  TileRow<A> of[kBundle<T>];
+  GradientParts<A> of[kBundle<T>];
   bool has_zeros = false;
   CE_UNROLL for (int r = 0; r < kBundle<T>; ++r) {
-    of[r] = rows[r];
+    of[r] = rows[r].gradient;
     has_zeros |= of[r].is_zeros();
   }
   const auto write = [&](T* address, int c, const BundlePiece<T>& piece) {
@@ -170,6 +176,11 @@ struct BundleMemory {
   CE_HOST_DEVICE static int count_of_sums(const Plan& plan) { return plan.sums ? plan.threads : 0; }
 };
 
+template <typename A>
+CE_DEVICE GradientParts<A> parts_of(const RowGradient<A>& row, const RowTarget<A>& target) {
+  return {row.max, row.scale, row.upstream * target.coefficient, static_cast<int>(target.index)};
+}
+
 // Calls f(row, tile_row) for this thread's rows of a tile, whose first bundle is `first`.
 template <typename T, typename F>
 CE_DEVICE void for_each_row(const Problem& p, const Plan& plan, int64_t first, TileRow<Acc<T>>* rows, F&& f) {
@@ -218,7 +229,17 @@ __global__ void __launch_bounds__(kBundleThreads, kKeeps ? 5 : 4)
         copy_async(reinterpret_cast<uint4*>(kept + turn * plan.threads),
                    reinterpret_cast<const uint4*>(logits.at(turn)));
       }
-      commit_copies();
+    }
+    for_each_row<T>(p, plan, first, shared.rows, [&](int64_t of, TileRow<A>& tile_row) {
+      if (p.target_type == TargetType::kInt64) {
+        copy_async(&tile_row.row.index,
+                   static_cast<const int64_t*>(p.target.data) + row_offset(p, of, p.target.strides));
+      } else {
+        tile_row.row.index = index_of(p, of);
+      }
+    });
+    commit_copies();
+    if constexpr (kKeeps) {
       wait_for_copies(0);
       if (classes.count > 0) {
         state.template push<4>(classes.count, [&](int turn) { return kept[turn * plan.threads]; });
@@ -239,13 +260,12 @@ __global__ void __launch_bounds__(kBundleThreads, kKeeps ? 5 : 4)
       CE_NO_UNROLL while (turn < classes.count) {
         push_some(std::integral_constant<int, 1>());
       }
+      wait_for_copies(0);
     }
     state = sum_in_block<Across<T>, false>(state, plan, shared.states);
     if (seat.lane == 0) {
       CE_UNROLL for (int r = 0; r < kBundle<T>; ++r) {
-        TileRow<A>& of_row = shared.rows[seat.row * kBundle<T> + r];
-        of_row.max = state.rows[r].max;
-        of_row.scale = state.rows[r].sum;
+        shared.rows[seat.row * kBundle<T> + r].row.exps = state.rows[r];
       }
     }
     __syncthreads();
@@ -253,12 +273,12 @@ __global__ void __launch_bounds__(kBundleThreads, kKeeps ? 5 : 4)
       wait_for_previous();  // which has found the divisor meanwhile
     }
     for_each_row<T>(p, plan, first, shared.rows, [&](int64_t of, TileRow<A>& tile_row) {
-      const RowState<A> row_state{{tile_row.max, tile_row.scale}};
+      const RowState<A> row_state{tile_row.row.exps};
       if (!kKeeps && plan.blocks > 1) {
         Workspace(p.workspace).template parts<RowState<A>>()[of * plan.blocks + seat.block] = row_state;
         return;
       }
-      const RowTarget<A> target = target_of<false, A>(p, of, index_of(p, of));
+      const RowTarget<A> target = target_of<false, A>(p, of, tile_row.row.index);
       A z_target = 0;
       if (target.index >= 0) {
         // The block's threads keep a piece of each class in turn.
@@ -268,13 +288,11 @@ __global__ void __launch_bounds__(kBundleThreads, kKeeps ? 5 : 4)
       }
       finish<false>(p, of, target, z_target, row_state, plan.sums ? &shared.sums[threadIdx.x] : nullptr);
       if (kKeeps && p.grad.data) {
-        if (target.kept) {
-          const RowUpstream<A> upstream{upstream_of(p, of, A(1))};
-          tile_row.set_gradient(make_row_gradient<A>(row_state.exps, target.coefficient, A(p.z_loss), upstream),
-                                target);
-        } else {
-          tile_row.set_zeros();
-        }
+        const RowUpstream<A> upstream{upstream_of(p, of, A(1))};
+        tile_row.gradient =
+            target.kept
+                ? parts_of(make_row_gradient<A>(row_state.exps, target.coefficient, A(p.z_loss), upstream), target)
+                : GradientParts<A>::zeros();
       }
     });
     __syncthreads();
@@ -283,6 +301,7 @@ __global__ void __launch_bounds__(kBundleThreads, kKeeps ? 5 : 4)
         const Classes written(seat, row < p.rows ? p.classes : 0);
         write_bundle<1>(BundlePieces<T>(p, p.grad, row < p.rows ? row : 0, written), BundlePieces<const T>(kept, plan),
                         written, shared.rows + seat.row * kBundle<T>);
+        __syncthreads();
       }
     }
   }
@@ -305,10 +324,11 @@ __global__ void __launch_bounds__(kBundleThreads, 5)
       if (target.kept || reaches_ignored_rows(p)) {
         const A coefficients = p.coefficients ? static_cast<const A*>(p.coefficients)[row_offset(p, of, p.row_strides)]
                                               : target.coefficient;
-        tile_row.set_gradient(
-            make_row_gradient<A>(exps_of<A>(p, of), coefficients, A(p.z_loss), upstream_of_row(p, of, target)), target);
+        const RowUpstream<A> upstream = upstream_of_row(p, of, target);
+        tile_row.gradient =
+            parts_of(make_row_gradient<A>(exps_of<A>(p, of), coefficients, A(p.z_loss), upstream), target);
       } else {
-        tile_row.set_zeros();
+        tile_row.gradient = GradientParts<A>::zeros();
       }
     });
     __syncthreads();

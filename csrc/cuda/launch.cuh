@@ -69,6 +69,9 @@ CE_DEVICE void note_read(const void* address, int bytes) {
 CE_DEVICE void copy_async(uint4* shared, const uint4* global) {
   __pipeline_memcpy_async(shared, global, sizeof(uint4));
 }
+CE_DEVICE void copy_async(int64_t* shared, const int64_t* global) {
+  __pipeline_memcpy_async(shared, global, sizeof(int64_t));
+}
 CE_DEVICE void commit_copies() {
   __pipeline_commit();
 }
@@ -226,6 +229,13 @@ CE_DEVICE void note_read(const void*, int) {}
 CE_DEVICE void copy_async(uint4* shared, const uint4* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address_in_shared(shared)), "l"(global) : "memory");
+#else
+  *shared = *global;
+#endif
+}
+CE_DEVICE void copy_async(int64_t* shared, const int64_t* global) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address_in_shared(shared)), "l"(global) : "memory");
 #else
   *shared = *global;
 #endif
