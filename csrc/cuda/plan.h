@@ -23,7 +23,6 @@ CE_HOST_DEVICE int log2_of(int power) {
 }
 
 struct Plan {
-  int bundle = 1;        // neighbouring rows that a thread takes together: where it is more, a bundle is a row here
   int threads = 256;     // of a block; a power of two
   int lanes = 32;        // threads of a block that share a row; a power of two
   int blocks = 1;        // that share a row; a power of two; of single rows more than one only where lanes = threads
@@ -33,6 +32,7 @@ struct Plan {
   bool reads_all = false;     // also ignored rows: short ones are read before their target has arrived
   bool sums = false;          // each tile sums up its rows' losses and weights, for sum_tiles()
   int64_t tiles = INT64_MAX;  // of rows that run at a time, at most; their blocks go on with the next
+  int bundle = 1;             // neighbouring rows that a thread takes together: if more, what is said is of bundles
 
   CE_HOST_DEVICE int rows() const { return threads >> log2_of(lanes); }  // of a block, a tile
 };
