@@ -2050,7 +2050,9 @@ void run_bundles(const char* group) {
     c.has_special_rows = true;
     for (const int64_t classes : {7, 300, 3000, 5000}) {
       c.classes = classes;
-      run_all(group, {c}, bundles.are(true));
+      Case ignoring = c;
+      ignoring.ignores_runs = true;
+      run_all(group, {c, ignoring}, bundles.are(true));
     }
     run_sharded(group, shards(bundles.c, 3)[1]);
     Case odd_line = bundles.c, misaligned = bundles.c, odd_gap = bundles.c, otherwise = bundles.c;
