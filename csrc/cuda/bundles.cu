@@ -219,10 +219,11 @@ __global__ void __launch_bounds__(kBundleThreads, kKeeps ? 5 : 4)
   }
   // Every thread goes through every turn, with or without a bundle: the reductions need it.
   for (int64_t first = first_row(plan); first < p.rows / kBundle<T>; first += row_step(plan)) {
-    const int64_t row = (first + seat.row) * kBundle<T>;
-    const bool reads = row < p.rows && (plan.reads_all || reads_ignored_rows(p) || is_any_kept<T>(p, row));
+    const bool exists = first + seat.row < p.rows / kBundle<T>;
+    const int64_t row = (exists ? first + seat.row : first) * kBundle<T>;
+    const bool reads = exists && (plan.reads_all || reads_ignored_rows(p) || is_any_kept<T>(p, row));
     const Classes classes(seat, reads ? p.classes : 0);
-    const BundlePieces<const T> logits(p, p.logits, reads ? row : 0, classes);
+    const BundlePieces<const T> logits(p, p.logits, row, classes);
     BundleState<T> state;
     if constexpr (kKeeps) {
       CE_UNROLL_BY(4) for (int turn = 0; turn < classes.count; ++turn) {
@@ -298,9 +299,9 @@ __global__ void __launch_bounds__(kBundleThreads, kKeeps ? 5 : 4)
     __syncthreads();
     if constexpr (kKeeps) {
       if (p.grad.data) {
-        const Classes written(seat, row < p.rows ? p.classes : 0);
-        write_bundle<1>(BundlePieces<T>(p, p.grad, row < p.rows ? row : 0, written), BundlePieces<const T>(kept, plan),
-                        written, shared.rows + seat.row * kBundle<T>);
+        const Classes written(seat, exists ? p.classes : 0);
+        write_bundle<1>(BundlePieces<T>(p, p.grad, row, written), BundlePieces<const T>(kept, plan), written,
+                        shared.rows + seat.row * kBundle<T>);
         __syncthreads();
       }
     }
@@ -353,12 +354,18 @@ void dispatch_bundles(const Problem& p, F&& f) {
 
 }  // namespace
 
+int64_t memory_of_bundles(const Problem& p, const Plan& plan) {
+  int64_t bytes = 0;
+  dispatch_bundles(p, [&](auto element) { bytes = BundleMemory<decltype(element)>::bytes(plan); });
+  return bytes;
+}
+
 void forward_bundles(const Problem& p, const Plan& plan, Stream stream) {
   dispatch_bundles(p, [&](auto element) {
     using T = decltype(element);
     Grid grid{blocks_for(p, plan), plan.threads};
     grid.early = true;
-    grid.shared = BundleMemory<T>::bytes(plan);
+    grid.shared = memory_of_bundles(p, plan);
     launch(plan.kept > 0 ? rows_of_bundles<T, true> : rows_of_bundles<T, false>, grid, stream, p, plan);
   });
 }

@@ -111,10 +111,10 @@ Plan plan_bundles(const Problem& p, const Device& device, int bundle) {
 Plan plan_forward_bundles(const Problem& p, const Device& device, int bundle) {
   Plan plan = plan_bundles(p, device, bundle);
   const auto keep = [&] {
-    const int64_t kept = (p.classes + plan.lanes - 1) / plan.lanes;
-    const int64_t states = plan.lanes > 1 ? plan.threads * bundle * static_cast<int64_t>(sizeof(MaxSum<float>)) : 0;
-    const int64_t others = states + plan.threads * static_cast<int64_t>(sizeof(RowSums)) + plan.rows() * bundle * 16;
-    plan.kept = kept * plan.threads * 16 + others <= device.shared_memory ? static_cast<int>(kept) : 0;
+    Plan keeping = plan;
+    keeping.kept = static_cast<int>((p.classes + plan.lanes - 1) / plan.lanes);
+    keeping.sums = true;  // as it may turn out
+    plan.kept = memory_of_bundles(p, keeping) <= device.shared_memory ? keeping.kept : 0;
   };
   if (p.grad.data) {
     while (plan.rows() > kFewBundles && p.classes * plan.rows() * 16 > kRowsKeep) {

@@ -64,9 +64,10 @@ void backward(const Problem&, const Plan&, Stream);
 // The forward pass of rows that keep their pieces for the gradient, of calls that are not general.
 void forward_grad(const Problem&, const Plan&, Stream);
 
-// Passes of rows that are taken in bundles.
+// Passes of rows that are taken in bundles, and the bytes of shared memory of such a forward pass.
 void forward_bundles(const Problem&, const Plan&, Stream);
 void backward_bundles(const Problem&, const Plan&, Stream);
+int64_t memory_of_bundles(const Problem&, const Plan&);
 
 // The steps that they share. The divisor of the mean, where it is the kept rows' weight, and, with `losses`, `total`:
 void sum_rows(const Problem&, bool losses, Stream);

@@ -1986,10 +1986,7 @@ std::vector<Case> plain_losses(const Case& c) {
   Case summed = c;
   summed.reduction = 's';
   summed.ignores_runs = true;
-  Case weighted = c;
-  weighted.ignores = weighted.weighted = weighted.row_weighted = true;
-  weighted.z_loss = 0.02;
-  weighted.reduction = 'm';
+  const Case weighted = options(c)[2];
   Case divided = c;
   divided.ignores = divided.row_weighted = true;
   divided.outputs = kLse;
