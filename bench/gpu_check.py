@@ -88,7 +88,7 @@ def main() -> None:
     with ThreadPoolExecutor(len(STEPS)) as pool:
         checks += pool.map(check, [step for step in STEPS if step in chosen and step not in ("build", "measure")])
     from .machine import provenance  # imports what has just been built
-    from .operators import FIGURES, copy_bandwidth, figures, measure
+    from .operators import FIGURES, bandwidth, figures, measure
     from .results import Case
 
     results: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def main() -> None:
 
     table = Table("rows", "classes", "dtype", "copy, GB/s", *FIGURES)
     for result in results:
-        case = [str(result["rows"]), str(result["classes"]), result["dtype"], f"{copy_bandwidth(result) / 1e9:.0f}"]
+        case = [str(result["rows"]), str(result["classes"]), result["dtype"], f"{bandwidth(result, 'copy') / 1e9:.0f}"]
         table.add_row(*case, *figures(result))
     console = Console(width=120)
     console.print(table)

@@ -15,25 +15,37 @@ from .shapes import DTYPES
 from .timing import Operation, Timed, clock_of, take_turns
 
 MEAN = 1  # torch's number for the reduction
+PASSES = {
+    "copy": 2,
+    "forward": 1,
+    "forward with gradient": 2,
+    "backward": 2,
+    "torch forward": 1,
+    "torch forward + backward": 2,
+}
+"""How often each has to move the logits' bytes between memory and processor."""
 FIGURES = ["forward", "with gradient", "backward", "× torch", "× torch both"]
 
 
+def bandwidth(result: dict[str, Any], name: str) -> float:
+    """Bytes a second, of those that have to move."""
+    size = result["rows"] * result["classes"] * DTYPES[result["dtype"]].itemsize
+    return PASSES[name] * size / float(result["seconds"][name])
+
+
+def share(result: dict[str, Any], name: str) -> float:
+    """A bandwidth in parts of the copy's."""
+    return bandwidth(result, name) / bandwidth(result, "copy")
+
+
 def figures(result: dict[str, Any]) -> list[str]:
-    """Of a case's times: shares of the copy's bandwidth, counting the bytes that have to move, and ratios to torch."""
+    """Of a case's times: shares of the copy's bandwidth, and ratios to torch."""
     s = result["seconds"]
     return [
-        f"{s['copy'] / 2 / s['forward']:.0%}",
-        f"{s['copy'] / s['forward with gradient']:.0%}",
-        f"{s['copy'] / s['backward']:.0%}",
+        *(f"{share(result, name):.0%}" for name in ("forward", "forward with gradient", "backward")),
         f"{s['torch forward'] / s['forward']:.1f}",
         f"{s['torch forward + backward'] / s['forward with gradient']:.1f}",
     ]
-
-
-def copy_bandwidth(result: dict[str, Any]) -> float:
-    """Bytes read and written a second."""
-    size = result["rows"] * result["classes"] * DTYPES[result["dtype"]].itemsize
-    return 2 * size / float(result["seconds"]["copy"])
 
 
 def measure(case: Case, seconds: float) -> dict[str, float]:

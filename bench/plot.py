@@ -9,6 +9,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .operators import share
 from .refusal import Refusal
 from .report import bytes_text, time_text
 from .results import CEILING_OF, INPLACE, OURS, Case, Entry, Results
@@ -30,6 +31,14 @@ _STYLES = {
     "cut-linear-compile": ("#999999", "*", "///"),
     "trl": ("#000000", "h", ""),
     "jax": ("#56B4E9", "d", ""),
+}
+# What is in a chart of operators: lines and markers.
+_OPERATORS = {
+    "forward": "-o",
+    "forward with gradient": "--s",
+    "backward": "-.^",
+    "torch forward": "-o",
+    "torch forward + backward": "--s",
 }
 _RC: dict[Any, Any] = {
     "svg.hashsalt": "cross_entropy",  # the same figures give the same file
@@ -61,12 +70,19 @@ def _handles(axes: Iterable[Axes]) -> dict[str, Artist]:
     return found
 
 
-def _figure(panels: int, height: float, results: Results, heading: str) -> Figure:
-    made = results.provenance
+def _figure(panels: int, height: float, made: dict[str, Any], heading: str) -> Figure:
+    """An empty figure under a heading and the machine it was made on."""
     figure = Figure(figsize=(2 + 3.2 * panels, height), layout="constrained")
     machine = f"{made.get('gpu') or made.get('cpu')}, torch {made.get('torch')}"
     figure.suptitle(f"{heading}\n{machine}", fontsize=10)
     return figure
+
+
+def _over_classes(axis: Axes) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:.0f}K" if x >= 1024 else f"{x:.0f}")
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y", alpha=0.3)
 
 
 def _longest(cases: list[Case]) -> list[Case]:
@@ -80,7 +96,7 @@ def _longest(cases: list[Case]) -> list[Case]:
 def bandwidth(results: Results, cases: list[Case]) -> Figure:
     """GB/s over the classes, a curve for each competitor, the ceiling as a line."""
     dtypes, operations = _dtypes(cases), ["forward", "both"]
-    figure = _figure(len(dtypes), 6, results, "Bytes that have to move, per second")
+    figure = _figure(len(dtypes), 6, results.provenance, "Bytes that have to move, per second")
     axes = figure.subplots(len(operations), len(dtypes), squeeze=False, sharey="row").tolist()
     for row, operation in zip(axes, operations, strict=True):
         for axis, dtype in zip(row, dtypes, strict=True):
@@ -103,10 +119,7 @@ def bandwidth(results: Results, cases: list[Case]) -> Figure:
             ceiling = [(case.ceiling(name) or 0) / 1e9 for case in points]
             xs = [case.shape[1] for case in points]
             axis.plot(xs, ceiling, ":", color="black", linewidth=1.5, label=f"ceiling: {name}")
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter("{x:.0f}")
-            axis.set_ylim(bottom=0)
-            axis.grid(axis="y", alpha=0.3)
+            _over_classes(axis)
             axis.set_title(f"{'forward' if operation == 'forward' else 'forward + backward'}, {dtype}")
         row[0].set_ylabel("GB/s")
     for axis in axes[-1]:
@@ -157,7 +170,7 @@ def _bar_figure(
     peers = [peer for peer in results.peers() if any((e := c.entry(peer)) and value(c, e) is not None for c in cases)]
     shapes = max(len([case for case in cases if case.dtype == dtype]) for dtype in dtypes)
     height = 1.6 + shapes * (0.25 + 0.16 * len(peers))
-    figure = _figure(len(dtypes), height, results, heading)
+    figure = _figure(len(dtypes), height, results.provenance, heading)
     axes = figure.subplots(1, len(dtypes), squeeze=False)[0]
     for axis, dtype in zip(axes, dtypes, strict=True):
         shown = [case for case in cases if case.dtype == dtype]
@@ -217,6 +230,38 @@ def step_memory(results: Results, cases: list[Case]) -> Figure:
     return _bar_figure(results, cases, heading, "MiB", mib, lambda case, entry: bytes_text(entry.memory["step"]))
 
 
+def operators(file: dict[str, Any]) -> Figure:
+    """Of a file of bench.gpu_check: what each operator reaches of a copy's bandwidth over the classes, and torch."""
+    dtypes = list(dict.fromkeys(result["dtype"] for result in file["results"]))
+    figure = _figure(len(dtypes), 3.6, file["provenance"], "Bytes that have to move, per second")
+    axes = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
+    for axis, dtype in zip(axes, dtypes, strict=True):
+        results = sorted((r for r in file["results"] if r["dtype"] == dtype), key=lambda r: r["classes"])
+        for name, line in _OPERATORS.items():
+            is_torch = name.startswith("torch")
+            color = _style("torch" if is_torch else OURS)[0]
+            label = name if is_torch else f"{OURS} {name}"
+            shares = [100 * share(result, name) for result in results]
+            classes = [result["classes"] for result in results]
+            axis.plot(
+                classes,
+                shares,
+                line,
+                color=color,
+                markersize=4,
+                linewidth=1.5,
+                label=name if is_torch else f"{OURS} {name}",
+            )
+        axis.axhline(100, linestyle=":", color="black", linewidth=1.5, label="copy on the device")
+        _over_classes(axis)
+        axis.set_title(dtype)
+        axis.set_xlabel("classes")
+    axes[0].set_ylabel("% of a copy")
+    handles = _handles(axes)
+    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
+    return figure
+
+
 CHARTS: dict[str, dict[str, tuple[Callable[[Results, list[Case]], Figure], Callable[[Case], bool]]]] = {
     "run": {
         "bandwidth": (bandwidth, lambda case: bool(case.ceilings) and len(case.shape) == 2),
@@ -230,6 +275,19 @@ CHARTS: dict[str, dict[str, tuple[Callable[[Results, list[Case]], Figure], Calla
     "options": {},
 }
 """Each kind's charts, and the cases that have something to show there."""
+
+
+def draw_operators(file: dict[str, Any], path: Path) -> None:
+    """Writes the chart of the operators."""
+    with matplotlib.rc_context(_RC):
+        _save(operators(file), path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes a file that depends on nothing but the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    figure.savefig(path, dpi=150, metadata=metadata)  # type: ignore[arg-type]
 
 
 def draw(
@@ -248,9 +306,7 @@ def draw(
                 suffix = f"-{count}-threads" if len(counts) > 1 and count > 1 else ""
                 for kind in formats:
                     path = into / f"{stem}-{name}{suffix}.{kind}"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                    chart(results, cases).savefig(path, dpi=150, metadata=metadata)  # type: ignore[arg-type]
+                    _save(chart(results, cases), path)
                     written.append(path)
     if not written:
         raise Refusal("there is nothing to draw" + (": no case was measured" if CHARTS[results.kind] else ""))

@@ -1,8 +1,8 @@
 """The README's figures, made from the result files in bench/results.
 
 A block of the README between `<!-- WHAT FILE -->` and `<!-- end -->` is written by what it names: `provenance`,
-`ratios`, `steps` or `options` of a result file, or one of its charts, such as `chart-speedup`; `operators` is of a file
-of bench.gpu_check.
+`ratios`, `steps` or `options` of a result file, or one of its charts, such as `chart-speedup`; `operators` and
+`chart-operators` are of a file of bench.gpu_check.
 """
 
 import json
@@ -31,7 +31,12 @@ def update(root: Path) -> list[Path]:
     for _, what, file, _ in _BLOCK.findall(text):
         if what.startswith(CHART):
             name = what.removeprefix(CHART)
-            written += plot.draw(load(root / file), Path(file).stem, root / "bench/results", ["svg"], [name])
+            if name == "operators":
+                chart = root / _chart(name, file)
+                plot.draw_operators(json.loads((root / file).read_text()), chart)
+                written.append(chart)
+            else:
+                written += plot.draw(load(root / file), Path(file).stem, root / "bench/results", ["svg"], [name])
     path.write_text(render(text, root))
     return [path, *written]
 
@@ -41,19 +46,24 @@ def render(text: str, root: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, what, file, end = match.groups()
-        if what == "operators":
+        if what.startswith(CHART):
+            name = what.removeprefix(CHART)
+            content = f"![{name}]({_chart(name, file)})"
+        elif what == "operators":
             content = operators(json.loads((root / file).read_text()))
         else:
-            content = _content(what, file, load(root / file))
+            content = _content(what, load(root / file))
         return begin + content + "\n" + end
 
     return _BLOCK.sub(block, text)
 
 
-def _content(what: str, file: str, results: Results) -> str:
-    if what.startswith(CHART):
-        name = what.removeprefix(CHART)
-        return f"![{name}]({file.removesuffix('.json')}-{name}.svg)"
+def _chart(name: str, file: str) -> str:
+    """Where the chart of a result file is."""
+    return f"{file.removesuffix('.json')}-{name}.svg"
+
+
+def _content(what: str, results: Results) -> str:
     writers = {"provenance": provenance, "ratios": ratios, "steps": steps, "options": options}
     if what not in writers:
         raise Refusal(f"the README asks for {what!r}; there are {', '.join(writers)} and charts")

@@ -291,25 +291,43 @@ def test_readme_blocks(tmp_path):
     assert readme.render(made, tmp_path) == made
 
 
-def test_readme_table_of_the_operators(tmp_path):
-    times = {"copy": 2.0, "forward": 1.25, "with gradient": 2.5, "backward": 4.0, "torch": 5.0, "torch both": 10.0}
-    names = {
-        "with gradient": "forward with gradient",
-        "torch": "torch forward",
-        "torch both": "torch forward + backward",
-    }
-    seconds = {names.get(name, name): time for name, time in times.items()}
+def operators_file():
+    """A file of bench.gpu_check."""
+    seconds = {"copy": 2.0, "forward": 1.25, "forward with gradient": 2.5, "backward": 4.0}
+    seconds |= {"torch forward": 5.0, "torch forward + backward": 10.0}
     made = {"provenance": results().provenance, "results": []}
     for classes in (256, 128):
         for dtype, factor in (("bfloat16", 1), ("float16", 3), ("float32", 2)):
             slower = seconds | {"forward": factor * seconds["forward"]}
             made["results"].append({"rows": 8, "classes": classes, "dtype": dtype, "seconds": slower})
+    return made
+
+
+def test_readme_of_the_operators(tmp_path):
     (tmp_path / "bench/results").mkdir(parents=True)
-    (tmp_path / "bench/results/gpu.json").write_text(json.dumps(made))
-    text = "<!-- operators bench/results/gpu.json -->\n<!-- end -->"
-    lines = readme.render(text, tmp_path).splitlines()
+    (tmp_path / "bench/results/gpu.json").write_text(json.dumps(operators_file()))
+    blocks = [f"<!-- {what} bench/results/gpu.json -->\n<!-- end -->" for what in ("operators", "chart-operators")]
+    (tmp_path / "README.md").write_text("\n".join(blocks))
+    assert tmp_path / "bench/results/gpu-operators.svg" in readme.update(tmp_path)
+    lines = (tmp_path / "README.md").read_text().splitlines()
     row = "80% | 80% | 50% | 4.0 | 4.0 | 40% | 80% | 50% | 2.0 | 4.0 |"
-    assert lines[-3:-1] == [f"| 8 | {classes} | {row}" for classes in (128, 256)]
+    assert lines[-6:-4] == [f"| 8 | {classes} | {row}" for classes in (128, 256)]
+    assert lines[-2] == "![operators](bench/results/gpu-operators.svg)"
+    drawn = (tmp_path / "bench/results/gpu-operators.svg").read_text()
+    for text in ("A processor, torch 2.13.0", "forward with gradient", "torch forward", "bfloat16", "float16"):
+        assert text in drawn
+
+
+def test_chart_of_the_operators():
+    figure = plot.operators(operators_file())
+    assert [axis.get_title() for axis in figure.axes] == ["bfloat16", "float16", "float32"]
+    curves = {line.get_label(): line for line in figure.axes[2].get_lines()}
+    shares = {f"{OURS} forward": 40, f"{OURS} forward with gradient": 80, f"{OURS} backward": 50}
+    shares |= {"torch forward": 20, "torch forward + backward": 20}
+    for name, percent in shares.items():
+        assert list(curves[name].get_xdata()) == [128, 256]
+        assert list(curves[name].get_ydata()) == pytest.approx([percent, percent])
+    assert set(curves) == {*shares, "copy on the device"} == {text.get_text() for text in figure.legends[0].get_texts()}
 
 
 def test_readme_table_of_the_options(tmp_path):
