@@ -243,15 +243,7 @@ def operators(file: dict[str, Any]) -> Figure:
             label = name if is_torch else f"{OURS} {name}"
             shares = [100 * share(result, name) for result in results]
             classes = [result["classes"] for result in results]
-            axis.plot(
-                classes,
-                shares,
-                line,
-                color=color,
-                markersize=4,
-                linewidth=1.5,
-                label=name if is_torch else f"{OURS} {name}",
-            )
+            axis.plot(classes, shares, line, color=color, markersize=4, linewidth=1.5, label=label)
         axis.axhline(100, linestyle=":", color="black", linewidth=1.5, label="copy on the device")
         _over_classes(axis)
         axis.set_title(dtype)
