@@ -158,7 +158,7 @@ void accumulate_classes(const Problem& p, const Tile& tile, const TileTargets<Ac
   constexpr int kVectors = kAlong && !kLinear ? kRun<T> : 1;
   // Prefetched is the next row while a short one is computed, and what follows in a long one.
   const bool is_short = end - begin <= kShort * kStep;
-  const int64_t bytes_ahead = sizeof(T) == 2 && !reads_in_stripes() ? 4096 : 512;
+  const int64_t bytes_ahead = reads_in_stripes() ? 512 : kBytesAhead;
   const int64_t ahead = is_short ? logits.row_stride : bytes_ahead / sizeof(T);
   // A group's runs of vectors are neighbours, or come from as many stripes of the piece.
   const auto add_groups = [&](auto group, auto dense, auto striped, auto keeps) __attribute__((always_inline)) {

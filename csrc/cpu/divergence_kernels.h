@@ -115,6 +115,15 @@ struct DivergenceAccumulator {
   }
 };
 
+// Of kSize vectors from class c on.
+template <int kSize, typename T, bool kAlong>
+CE_INLINE void fetch_ahead(const Sides<T, kAlong>& sides, int64_t c) {
+  CE_UNROLL for (int i = 0; i < kSize; i += kRun<T>) {
+    sides.logits.view.fetch_ahead(c + i * kLanes<Acc<T>>);
+    sides.teacher.view.fetch_ahead(c + i * kLanes<Acc<T>>);
+  }
+}
+
 template <typename T, bool kAlong>
 void diverge_classes(const Problem& p, const Tile& tile, int64_t begin, int64_t end, RowDivergence<double>* rows) {
   using A = Acc<T>;
@@ -132,6 +141,9 @@ void diverge_classes(const Problem& p, const Tile& tile, int64_t begin, int64_t 
   int64_t c = begin;
   for (; c + kSize * kStep <= end; c += kSize * kStep) {
     Vec<A> of_z[kSize], from_z[kSize];
+    if (dense) {
+      fetch_ahead<kSize>(sides, c);
+    }
     of.template get<kVectors>(c, lanes, dense, of_z);
     from.template get<kVectors>(c, lanes, dense, from_z);
     state.add(of_z, from_z);
@@ -187,6 +199,7 @@ void divergence_gradient_classes(const Problem& p, const Tile& tile, const TileT
   const auto kept = kept_lanes<A, kAlong>(tile, targets);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
   const bool dense = kAlong && own.view.class_stride == 1 && other.view.class_stride == 1 && grad.class_stride == 1;
+  const bool fetches = dense && !p.loss;  // in a backward pass, which has not read them before
   const bool may_stream = p.streams_grad && p.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedRow;
 
   // Replaces vectors of its own logits by their gradient.
@@ -218,6 +231,9 @@ void divergence_gradient_classes(const Problem& p, const Tile& tile, const TileT
   const auto write_groups = [&](int64_t c, bool streams) __attribute__((always_inline)) {
     for (; c + kSize * kStep <= end; c += kSize * kStep) {
       Vec<A> own_z[kSize], other_z[kSize];
+      if (fetches) {
+        fetch_ahead<kSize>(sides, c);
+      }
       own.template get<kVectors>(c, lanes, dense, own_z);
       other.template get<kVectors>(c, lanes, dense, other_z);
       differentiate(own_z, other_z);

@@ -56,6 +56,7 @@ void gradient_classes(const Problem& p, const Tile& tile, const TileTargets<Acc<
   constexpr int kSize = 4;
   const int lanes = kAlong ? kLanes<A> : tile.rows;
   const bool dense = kAlong && logits.class_stride == 1 && grad.class_stride == 1;
+  const bool fetches = dense && !p.loss;  // in a backward pass, which has not read them before
   const bool may_stream =
       p.streams_grad && kVectors == kRun<T> && p.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedRow;
   const auto element = [&](Vec<A> e, Vec<A> z, Vec<A> distance, int64_t c, int count) __attribute__((always_inline)) {
@@ -68,6 +69,9 @@ void gradient_classes(const Problem& p, const Tile& tile, const TileTargets<Acc<
     for (; c + kSize * kStep <= end; c += kSize * kStep) {
       Vec<A> x[kSize];
       CE_UNROLL for (int i = 0; i < kSize; i += kVectors) {
+        if (fetches) {
+          logits.fetch_ahead(c + i * kStep);
+        }
         logits.template get<kVectors>(c + i * kStep, lanes, dense, x + i);
       }
       apply(transform, x);

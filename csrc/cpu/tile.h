@@ -34,6 +34,8 @@ constexpr int kMaxLanes = 16;         // floats in the widest vector
 constexpr int64_t kPiece = 1 << 14;   // classes
 constexpr int64_t kSerial = 1 << 15;  // elements that are not worth a second thread
 constexpr int kGroup = 8;             // vectors that are taken together
+// How far ahead of its use a row is fetched: beyond its page, with which the processor's own fetching ends.
+constexpr int64_t kBytesAhead = 1 << 13;
 // Bytes of a row from which on its gradient is streamed past the caches: a shorter one is written faster than streams
 // are.
 constexpr int64_t kStreamedRow = 1 << 14;

@@ -87,6 +87,8 @@ struct TileView {
       set(c + i * kLanes<Acc<T>>, count, v[i]);
     }
   }
+  // Begins to read what comes kBytesAhead after class c, of classes next to each other.
+  CE_INLINE void fetch_ahead(int64_t c) const { __builtin_prefetch(data + c + kBytesAhead / sizeof(T)); }
   // The first class from c on, at most `end`, where a run is aligned in memory.
   CE_INLINE int64_t align(int64_t c, int64_t end) const {
     const auto address = reinterpret_cast<uintptr_t>(data + c);
