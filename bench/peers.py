@@ -359,7 +359,7 @@ PEERS = {
         Peer(
             "cut-linear",
             "Apple's cut cross-entropy (Triton): head and loss in one, without the logits in memory",
-            lacks=_INDICES_ONLY + ", class weights, label smoothing, small gradients (filtered), CPU",
+            lacks=_INDICES_ONLY + ", class weights, label smoothing, float32, small gradients (filtered), CPU",
             install="pip install cut-cross-entropy",
             linear=_cut,
             devices=("cuda",),
