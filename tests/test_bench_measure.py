@@ -313,6 +313,16 @@ def test_cuda_end_to_end_on_a_stand_in(monkeypatch, shape):
     assert set(timed.ceilings) == (set() if small else {"read", "copy"})
 
 
+def test_a_training_step_on_a_stand_in(monkeypatch):
+    cases = [Case("cuda", (64, 1000), "float32", 1, hidden=32)]
+    peers = [PEERS[name] for name in (OURS, INPLACE, "torch")]
+    with Device(monkeypatch):
+        entries = measured(*peers, cases=cases, kind="train")
+    for entry in entries.values():
+        assert (entry.status, entry.memory) == ("measured", {"step": 7}), entry
+        assert set(entry.seconds) == {"step"}
+
+
 def test_number_of_turns():
     assert timing.turns_within(seconds=10, one_turn=1, fewest=7) == 11
     assert timing.turns_within(seconds=1, one_turn=1, fewest=7) == 7

@@ -239,13 +239,23 @@ def test_more_elements_than_bits(bits, inplace):
     torch.testing.assert_close(grad[picked], torch.autograd.grad(sum_of_few, few)[0], rtol=2**-7, atol=0)
 
 
-def test_benchmark(tmp_path):
+def benchmark(tmp_path, *arguments):
+    """The entries of all cases that were measured on the GPU."""
     json = tmp_path / "results.json"
-    shapes = ["--shape", "32,10", "--shape", "4096,1000", "--shape", "2,21,64,64"]
-    command = [sys.executable, "-m", "bench", "run", "--device", "cuda", *shapes, "--peers", "torch", "--seconds", "0"]
+    command = [sys.executable, "-m", "bench", *arguments, "--device", "cuda", "--peers", "torch", "--seconds", "0"]
     ran = subprocess.run([*command, "--json", str(json)], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     entries = [entry for case in load(json).cases for entry in case.entries]
-    assert len(entries) == 3 * 2 * 3
     assert {entry.status for entry in entries} == {"measured"}
     assert all(entry.memory for entry in entries)
+    return entries
+
+
+def test_benchmark(tmp_path):
+    entries = benchmark(tmp_path, "run", "--shape", "32,10", "--shape", "4096,1000", "--shape", "2,21,64,64")
+    assert len(entries) == 3 * 2 * 3
+
+
+def test_benchmark_of_a_training_step(tmp_path):
+    entries = benchmark(tmp_path, "train", "--model", "imagenet", "--rows", "512")
+    assert len(entries) == 2 * 3
