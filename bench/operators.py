@@ -10,27 +10,27 @@ from torch.nn import functional as F
 
 from .inputs import Logits
 from .peers import on_torch
-from .results import Case
+from .results import CEILINGS, PASSES, Case
 from .shapes import DTYPES
 from .timing import Operation, Timed, clock_of, take_turns
 
 MEAN = 1  # torch's number for the reduction
-PASSES = {
-    "copy": 2,
-    "forward": 1,
-    "forward with gradient": 2,
-    "backward": 2,
-    "torch forward": 1,
-    "torch forward + backward": 2,
+# How often each has to move the logits' bytes between memory and processor.
+_PASSES = {
+    "copy": CEILINGS["copy"],
+    "forward": PASSES["forward"],
+    "forward with gradient": PASSES["both"],
+    "backward": PASSES["backward"],
+    "torch forward": PASSES["forward"],
+    "torch forward + backward": PASSES["both"],
 }
-"""How often each has to move the logits' bytes between memory and processor."""
 FIGURES = ["forward", "with gradient", "backward", "× torch", "× torch both"]
 
 
 def bandwidth(result: dict[str, Any], name: str) -> float:
     """Bytes a second, of those that have to move."""
     size = result["rows"] * result["classes"] * DTYPES[result["dtype"]].itemsize
-    return PASSES[name] * size / float(result["seconds"][name])
+    return _PASSES[name] * size / float(result["seconds"][name])
 
 
 def share(result: dict[str, Any], name: str) -> float:

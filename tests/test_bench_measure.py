@@ -318,6 +318,7 @@ def test_a_training_step_on_a_stand_in(monkeypatch):
     peers = [PEERS[name] for name in (OURS, INPLACE, "torch")]
     with Device(monkeypatch):
         entries = measured(*peers, cases=cases, kind="train")
+    assert set(entries) == {OURS, INPLACE, "torch"}
     for entry in entries.values():
         assert (entry.status, entry.memory) == ("measured", {"step": 7}), entry
         assert set(entry.seconds) == {"step"}

@@ -199,7 +199,7 @@ void divergence_gradient_classes(const Problem& p, const Tile& tile, const TileT
   const auto kept = kept_lanes<A, kAlong>(tile, targets);
   const int lanes = kAlong ? kLanes<A> : tile.rows;
   const bool dense = kAlong && own.view.class_stride == 1 && other.view.class_stride == 1 && grad.class_stride == 1;
-  const bool fetches = dense && !p.loss;  // in a backward pass, which has not read them before
+  const bool fetches = dense && is_backward(p);
   const bool may_stream = p.streams_grad && p.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedRow;
 
   // Replaces vectors of its own logits by their gradient.

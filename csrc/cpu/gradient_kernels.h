@@ -56,7 +56,7 @@ void gradient_classes(const Problem& p, const Tile& tile, const TileTargets<Acc<
   constexpr int kSize = 4;
   const int lanes = kAlong ? kLanes<A> : tile.rows;
   const bool dense = kAlong && logits.class_stride == 1 && grad.class_stride == 1;
-  const bool fetches = dense && !p.loss;  // in a backward pass, which has not read them before
+  const bool fetches = dense && is_backward(p);
   const bool may_stream =
       p.streams_grad && kVectors == kRun<T> && p.classes * static_cast<int64_t>(sizeof(T)) >= kStreamedRow;
   const auto element = [&](Vec<A> e, Vec<A> z, Vec<A> distance, int64_t c, int count) __attribute__((always_inline)) {

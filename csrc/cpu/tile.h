@@ -36,6 +36,11 @@ constexpr int64_t kSerial = 1 << 15;  // elements that are not worth a second th
 constexpr int kGroup = 8;             // vectors that are taken together
 // How far ahead of its use a row is fetched: beyond its page, with which the processor's own fetching ends.
 constexpr int64_t kBytesAhead = 1 << 13;
+// Whether a gradient is that of a backward pass, which is the first to read its logits: otherwise the forward pass has
+// just read them.
+CE_HOST_DEVICE bool is_backward(const Problem& p) {
+  return !p.loss;
+}
 // Bytes of a row from which on its gradient is streamed past the caches: a shorter one is written faster than streams
 // are.
 constexpr int64_t kStreamedRow = 1 << 14;
