@@ -40,8 +40,10 @@ def _weight_of_rows(
             f"distillation_loss: target must hold a class index for each row, of shape {list(rows)} or flat. "
             f"Got: {target.dtype} of shape {list(target.shape)}"
         )
-    kept = (target != ignore_index).reshape(rows).to(accumulator_of(input))
-    return kept if row_weight is None else kept * row_weight.reshape(rows)
+    ignored = (target == ignore_index).reshape(rows)
+    if row_weight is None:
+        return (~ignored).to(accumulator_of(input))
+    return row_weight.reshape(rows).masked_fill(ignored, 0)
 
 
 def _run(

@@ -86,8 +86,8 @@ def cross_entropy(
         z_loss: :math:`\zeta \ge 0`, which adds :math:`\zeta\,(\ln \sum_k e^{z_k})^2` to the loss of each kept row,
             whatever its class weight.
         row_weight: :math:`r` of each row, in the shape of the loss without a reduction; any floating point dtype. It
-            multiplies the row's loss, z-loss included, and its part in what the mean divides by. It may require a
-            gradient; then that of the logits is left to the backward pass.
+            multiplies the row's loss, z-loss included, and its part in what the mean divides by; that of an ignored row
+            may be anything, even NaN. It may require a gradient; then that of the logits is left to the backward pass.
         divisor: what the mean divides by instead, such as the number of tokens of all batches whose gradients are
             accumulated: a positive number, or a tensor of shape (), which on the GPU is not waited for. It is taken
             for constant.

@@ -52,11 +52,6 @@ Tensor index_of(const Inputs& in) {
   return in.target.to(at::kLong).masked_fill(is_ignored(in), 0).clamp(0, classes - 1);
 }
 
-Tensor row_weight_of(const Inputs& in) {
-  const Tensor weight = in.row_weight->to(accumulator_of(in.logits.scalar_type()));
-  return in.logits.dim() == 1 ? weight.reshape({}) : weight;
-}
-
 // From logits as they are given to those that the loss is of.
 Tensor transformed(const Tensor& logits, const Inputs& in) {
   Tensor z = logits;
@@ -136,6 +131,12 @@ Tensor upstream_column(const Tensor& grad_loss, const Inputs& in) {
 }
 
 }  // namespace
+
+Tensor row_weight_of(const Inputs& in) {
+  Tensor weight = in.row_weight->to(accumulator_of(in.logits.scalar_type()));
+  weight = is_index(in) ? weight.masked_fill(is_ignored(in), 0) : weight;
+  return in.logits.dim() == 1 ? weight.reshape({}) : weight;
+}
 
 Tensor divisor(const Inputs& in) {
   if (in.options.reduction != at::Reduction::Mean) {

@@ -14,6 +14,9 @@ namespace ce::formulas {
 // What the reduction divides by; undefined if it is not the mean.
 at::Tensor divisor(const Inputs&);
 
+// The row weights, 0 in ignored rows: there they may be NaN or ∞.
+at::Tensor row_weight_of(const Inputs&);
+
 // The reduction of each row's loss, row weights included, in the loss's dtype.
 at::Tensor reduce(const at::Tensor& rows, const Inputs&);
 

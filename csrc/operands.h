@@ -155,6 +155,12 @@ CE_HOST_DEVICE A row_value(const P&, Absent, int64_t, A otherwise) {
   return otherwise;
 }
 
+// What a row adds to a sum of losses: one without a loss, as an ignored row, nothing, even if its weight is ∞ or NaN.
+template <typename A>
+CE_HOST_DEVICE A weighted_loss(A row_weight, A loss) {
+  return loss == 0 ? loss : row_weight * loss;
+}
+
 // Whether a row with a teacher or picks is read: one without weight has no loss, whatever its logits are.
 template <typename A>
 CE_HOST_DEVICE bool counts(const Problem& p, int64_t row) {

@@ -27,6 +27,11 @@ void check_is_whole(const Inputs& in) {
   TORCH_CHECK_VALUE(!in.is_shard(), "cross_entropy: a shard of the classes has no loss of its own");
 }
 
+void set_of_no_classes(Tensor& max, Tensor& sum) {
+  max.fill_(-INFINITY);
+  sum.zero_();
+}
+
 // The kernels of the operators, for any backend of backends.h.
 template <typename Backend>
 struct Kernels {
@@ -41,7 +46,7 @@ struct Kernels {
         return loss.zero_().to(dtype);
       }
       backend.forward(problem);
-      return (in.row_weight ? loss.mul_(in.row_weight->detach().view_as(loss)) : loss).to(dtype);
+      return (in.row_weight ? loss.mul_(formulas::row_weight_of(in).detach()) : loss).to(dtype);
     }
     Problem& problem = builder.problem();
     backend.prepare(problem, in);
@@ -70,8 +75,7 @@ struct Kernels {
     Tensor lse = builder.add_row_result(&Problem::lse);
     Tensor loss = run_forward(backend, builder, in);
     if (builder.is_empty()) {
-      max.fill_(-INFINITY);
-      sum.zero_();
+      set_of_no_classes(max, sum);
       lse.fill_(-INFINITY);
     }
     return {loss, max, sum, lse};
@@ -96,8 +100,7 @@ struct Kernels {
     Tensor rank = if_asked(kRank, &Problem::rank, at::kLong);
     Tensor loss = run_forward(backend, builder, in);
     if (builder.is_empty()) {
-      max.fill_(-INFINITY);
-      sum.zero_();
+      set_of_no_classes(max, sum);
       lse.fill_(-INFINITY);
       for (Tensor* result : {&log_prob, &entropy, &argmax, &rank}) {
         result->zero_();
@@ -144,6 +147,11 @@ struct Kernels {
     Tensor teacher_sum = builder.add_row_result(&Problem::teacher_sum);
     Tensor mean = builder.add_row_result(&Problem::mean);
     Tensor loss = run_forward(backend, builder, in);
+    if (builder.is_empty()) {
+      set_of_no_classes(max, sum);
+      set_of_no_classes(teacher_max, teacher_sum);
+      mean.zero_();
+    }
     return {loss, max, sum, teacher_max, teacher_sum, mean};
   }
 

@@ -85,13 +85,14 @@ def cross_entropy(
     """As cross_entropy.cross_entropy, in float64 and differentiable."""
     rows = Rows(logits, target, weight, ignore_index, label_smoothing, **of_rows)
     r = torch.ones(len(rows.z), dtype=torch.float64) if row_weight is None else row_weight.reshape(-1).double()
+    r = r.where(rows.kept, 0)
     loss = r * rows.loss(z_loss)
     if reduction == "none":
         return loss.reshape(rows.shape)
     if reduction == "sum" or divisor is not None:
         return loss.sum() / (1 if divisor is None else float(divisor))
     share = r if rows.index is None else r * rows.target_weight
-    total = share.where(rows.kept, 0).sum()
+    total = share.sum()
     if empty == "zero" and total == 0:
         return loss.sum() * 0
     return loss.sum() / total

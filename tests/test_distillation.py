@@ -46,6 +46,7 @@ def make(shape, names=(), dtype=torch.float32, *, layouts=("contiguous", "contig
     dirty = torch.zeros(rows, dtype=torch.bool)
     if "target" in names:
         dirty |= target == -7
+        weight[dirty] = NAN
     if "row_weight" in names:
         dirty |= weight == 0
     both = []
@@ -624,3 +625,10 @@ def test_operators_without_a_teacher_refuse_one():
             operators.loss(x, x, **arguments, divergence=2)
     with pytest.raises(ValueError, match="divergence"):
         operators.loss(x, x, None, 1, -100, 0.0, divergence=3)
+
+
+def test_operator_of_no_classes():
+    x = torch.randn(3, 0)
+    results = torch.ops.cross_entropy.diverge(x, x, None, 0, -100, 0.0, divergence=2)
+    for result, expected in zip(results, (0, -math.inf, 0, -math.inf, 0, 0), strict=True):
+        assert result.eq(expected).all()

@@ -82,7 +82,7 @@ def built(tmp_path_factory):
 def including(base, file):
     """The kernels that include `file`, those of the loss first."""
     kernels = [name for name in KERNELS if re.search(rf"/{file}\s", (base / name).with_suffix(".d").read_text())]
-    return sorted(kernels, key=lambda name: name != "forward.cu")
+    return sorted(kernels, key=lambda name: not name.startswith("forward"))
 
 
 def build_changed(base, root, sanitizer, kernels):
@@ -402,22 +402,36 @@ MISTAKES = {
         "plain",
         ["layouts"],
         "forward.cuh",
-        "target.index < 0 ? A(0) : class_weight<A>(p, target.index)",
-        "class_weight<A>(p, target.index < 0 ? 0 : target.index)",
+        "target.index < 0 ? A(0) : row_weight * class_weight<A>(p, target.index)",
+        "row_weight * class_weight<A>(p, target.index < 0 ? 0 : target.index)",
     ),
     "row weights left out of the divisor": (
         "plain",
         ["options"],
         "forward.cuh",
-        "add(*sums, {row_weight * loss, row_weight * weight});",
-        "add(*sums, {row_weight * loss, weight});",
+        "row_weight * class_weight<A>(p, target.index);\n    add",
+        "class_weight<A>(p, target.index);\n    add",
+    ),
+    "an ignored row's weight in the sum": (
+        "plain",
+        ["options"],
+        "forward.cuh",
+        "weighted_loss(row_weight, loss)",
+        "row_weight * loss",
+    ),
+    "an ignored row's weight in a sum over all rows": (
+        "plain",
+        ["many rows"],
+        "sums.cu",
+        "weighted_loss(row_weight, values.loss)",
+        "row_weight * values.loss",
     ),
     "only a block's last row summed up": (
         "plain",
         ["layouts"],
         "forward.cuh",
-        "add(*sums, {row_weight * loss, row_weight * weight});",
-        "*sums = {row_weight * loss, row_weight * weight};",
+        "add(*sums, {weighted_loss(row_weight, loss), weight});",
+        "*sums = {weighted_loss(row_weight, loss), weight};",
     ),
     "no barrier before a tile's rows are summed": (
         "plain",

@@ -38,7 +38,8 @@ def make(
     last=False,
     seed=0,
 ):
-    """The arguments of a call with the options `names`. What must not be read as a logit or probability is NaN."""
+    """The arguments of a call with the options `names`. What must not be read as a logit, probability or weight is not
+    finite."""
     choose = random.Random(seed).choice
     dim = class_dim(shape)
     classes = max(1, shape[dim] - choose([1, 3, 0])) if "valid_classes" in names else shape[dim]
@@ -59,6 +60,8 @@ def make(
     if weighted:
         arguments["weight"] = torch.rand(choose([classes, shape[dim]])).to(dtype) + 0.5
     row_weight = torch.rand(rows).add(0.5).to(choose(DTYPES))
+    if kind != "probabilities":
+        row_weight.masked_fill_(target.reshape(rows) == -100, choose([NAN, INF]))
     scale = torch.tensor(choose([0.75, -1.25]), dtype=choose(DTYPES))  # exact in each of them
     values = {
         "valid_classes": classes,

@@ -102,7 +102,8 @@ double sum_block(const Problem& p, int64_t begin, int64_t end) {
   const A* loss = static_cast<const A*>(p.loss);
   if constexpr (kWeighted) {
     for (int64_t row = begin; row < end; ++row) {
-      sums[row % kSums] += loss[row_offset(p, row, p.row_strides)] * double(row_value<A>(p, p.row_weight, row, 1));
+      const double row_weight = row_value<A>(p, p.row_weight, row, 1);
+      sums[row % kSums] += weighted_loss<double>(row_weight, loss[row_offset(p, row, p.row_strides)]);
     }
   } else {  // in the order of memory, where the losses are without gaps
     for (; begin + kSums <= end; begin += kSums) {

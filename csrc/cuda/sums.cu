@@ -37,7 +37,7 @@ CE_DEVICE RowSums sums_of(const P& p, int64_t row, const RowValues<A>& values, b
   const A row_weight = row_value<A>(p, p.row_weight, row, 1);
   RowSums sums;
   if (losses) {
-    sums.loss = row_weight * values.loss;
+    sums.loss = weighted_loss(row_weight, values.loss);
   }
   if (weights) {
     sums.weight = weight_of_row(p, row_weight, values.target);

@@ -512,6 +512,9 @@ class Inputs {
     bad[row] = c.has_bad_target && kept[row] && row >= c.rows() / 2;
     index[row] = kept[row] && !bad[row] ? good : -1;
     indices.set(row, !kept[row] ? ignore_index(c) : bad[row] ? c.classes + row : good);
+    if (!kept[row]) {
+      row_weight.set(row, NAN);
+    }
   }
 
  public:
@@ -914,6 +917,9 @@ class Oracle {
   void reduce() {
     double weights = 0;
     for (int64_t row = 0; row < c_.rows(); ++row) {
+      if (!in_.kept[row]) {
+        continue;
+      }
       const double row_weight = in_.row_weight.get(row);
       weights += row_weight * (!c_.has_indices() ? 1 : in_.index[row] >= 0 ? in_.weight.get(in_.index[row]) : 0);
       total.value += row_weight * loss[row];
@@ -1682,6 +1688,7 @@ void run_many_rows(const char* group) {
   c.dtype = these_or_one({DType::kFloat64})[0];
   c.outer = 2048;
   c.classes = 40;
+  c.ignores = c.row_weighted = true;
   const ChangePlan two_blocks = [](cuda::Plan& plan) {
     plan.threads = plan.lanes = 32;
     plan.blocks = 2;
