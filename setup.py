@@ -113,7 +113,7 @@ def extension() -> Extension:
         link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
     if emulates:
-        sources += ["tests/emulator/emulator.cpp", "tests/emulator/kernels.cpp"]
+        sources += [f"tests/emulator/{name}.cpp" for name in ("emulator", "forward_kernels", "other_kernels")]
         cxx += ["-DCE_CUDA", "-DCE_EMULATE", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}"]
     if sanitizers := os.environ.get("CROSS_ENTROPY_SANITIZE"):
         # AddressSanitizer finds the accesses that these two look for, which take long to compile in the kernels.

@@ -21,6 +21,7 @@ def test_way(way, option):
     run_cell(way, option)
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.skipif(DEVICE != "cpu", reason="processes that talk by gloo, on the CPU")
 @pytest.mark.parametrize("way, option", cells(in_processes=True))
 def test_distributed(way, option):

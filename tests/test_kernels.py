@@ -409,8 +409,8 @@ MISTAKES = {
         "plain",
         ["options"],
         "forward.cuh",
-        "row_weight * class_weight<A>(p, target.index);\n    add",
-        "class_weight<A>(p, target.index);\n    add",
+        "A(0) : row_weight * class_weight<A>(p, target.index);",
+        "A(0) : class_weight<A>(p, target.index);",
     ),
     "an ignored row's weight in the sum": (
         "plain",

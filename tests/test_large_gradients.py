@@ -32,6 +32,7 @@ def nothing_kept():
     release_memory()
 
 
+@pytest.mark.skipif(not IS_HOST, reason="of the CPU")
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fresh_and_used_memory(dtype, classes):

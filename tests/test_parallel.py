@@ -375,6 +375,8 @@ def errors_of_processes(world: int) -> dict[str, str]:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="processes that talk by gloo, on the CPU")
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    "world", [pytest.param(world, marks=pytest.mark.xdist_group(f"{world} processes")) for world in WORLDS]
+)
 def test_parallel(world, name):
     assert errors_of_processes(world)[name] == ""

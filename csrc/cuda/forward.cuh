@@ -111,9 +111,10 @@ CE_DEVICE void finish(const P& p, int64_t row, const RowTarget<A>& target, A tar
   write(p.loss, loss);
   if (sums) {
     const A row_weight = row_value<A>(p, p.row_weight, row, 1);
-    const A weight = !has_indices(p)    ? row_weight
-                     : target.index < 0 ? A(0)
-                                        : row_weight * class_weight<A>(p, target.index);
+    A weight = row_weight;
+    if (has_indices(p)) {
+      weight = target.index < 0 ? A(0) : row_weight * class_weight<A>(p, target.index);
+    }
     add(*sums, {weighted_loss(row_weight, loss), weight});
   }
 }
