@@ -83,7 +83,9 @@ ProblemBuilder::ProblemBuilder(const Inputs& in)
   problem_.classes =
       options.valid_classes ? options.valid_classes->guard_int(__FILE__, __LINE__) : logits_.size(class_dim_);
   problem_.rows = c10::multiply_integers(row_sizes_);
-  problem_.ignore_index = options.ignore_index.guard_int(__FILE__, __LINE__);
+  if (has_indices(problem_)) {  // other targets have no class to be ignored, which picks could be taken for
+    problem_.ignore_index = options.ignore_index.guard_int(__FILE__, __LINE__);
+  }
   problem_.label_smoothing = options.label_smoothing;
   problem_.z_loss = options.z_loss;
   problem_.softcap = options.softcap.value_or(0);

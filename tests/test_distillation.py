@@ -632,3 +632,13 @@ def test_operator_of_no_classes():
     results = torch.ops.cross_entropy.diverge(x, x, None, 0, -100, 0.0, divergence=2)
     for result, expected in zip(results, (0, -math.inf, 0, -math.inf, 0, 0), strict=True):
         assert result.eq(expected).all()
+
+
+def test_operator_ignores_no_picked_class():
+    """Whatever its ignore_index says; rows are long enough to be read only if they count."""
+    x, index, q = torch.randn(3, 20001), torch.tensor([[0, 1], [0, 0], [7, 0]]), torch.rand(3, 2) / 2
+    results = [
+        torch.ops.cross_entropy.forward_grad(x, index, None, 1, ignore_index, 0.0, picked=q, divergence=2)
+        for ignore_index in (-100, 0)
+    ]
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))

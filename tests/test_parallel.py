@@ -380,3 +380,24 @@ def errors_of_processes(world: int) -> dict[str, str]:
 )
 def test_parallel(world, name):
     assert errors_of_processes(world)[name] == ""
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process alone, on the tests' device: of NCCL where that is a GPU."""
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+def test_one_process(alone, kind, reduction):
+    mesh = init_device_mesh(DEVICE, (1,))
+    for shape in ((33, 10), (3, 20001)):
+        arguments = make(shape, without_divisor(NAMES, reduction), torch.float32, kind, True, 0.1, reduction)
+        check(arguments, [0, shape[1]])
+        for name in ("input", "target"):
+            if arguments[name].is_floating_point():
+                arguments[name].nan_to_num_(0)
+        on_mesh(arguments, mesh, [Shard(1)])
