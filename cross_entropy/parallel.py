@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 from torch.nn import _reduction as _Reduction
 
@@ -121,11 +122,12 @@ class _Rows(torch.autograd.Function):
         weight: Tensor | None,
         scale: Tensor | None,
         shard: Shard,
+        inplace: bool,
         options: dict[str, Any],
     ) -> Tensor:
         loss, *rows = forward(shard, logits, target, weight, logit_scale_tensor=scale, **options)
         ctx.save_for_backward(logits, target, weight, scale, *rows)
-        ctx.shard, ctx.options = shard, options
+        ctx.shard, ctx.inplace, ctx.options = shard, inplace, options
         return loss
 
     @staticmethod
@@ -139,17 +141,18 @@ class _Rows(torch.autograd.Function):
             return backward(operator, shard, grad_loss, None, rows, logits, target, weight, **options)
 
         of_logits, of_target, _, of_scale, *_ = ctx.needs_input_grad
+        target_grad = by(OPERATORS.target_backward) if of_target else None
         scale_grad = by(OPERATORS.logit_scale_backward) if of_scale else None
         if of_scale:
             dist.all_reduce(scale_grad, group=shard.group)
-        return (
-            by(OPERATORS.backward) if of_logits else None,
-            by(OPERATORS.target_backward) if of_target else None,
-            None,
-            scale_grad,
-            None,
-            None,
-        )
+        logits_grad = None
+        if of_logits and ctx.inplace:  # last: the others have read the logits
+            logits = logits_grad = logits.detach()
+            by(OPERATORS.backward_)
+            increment_version(logits)
+        elif of_logits:
+            logits_grad = by(OPERATORS.backward)
+        return logits_grad, target_grad, None, scale_grad, None, None, None
 
 
 def _exchange(
@@ -192,6 +195,18 @@ def _shard_of(logits: Tensor, group: ProcessGroup | None, valid_classes: int | N
     return Shard.of(group, dist.get_rank(group), sizes, valid_classes), sum(sizes)
 
 
+def _check_overwritable(logits: Tensor, target: Tensor) -> None:
+    """As cross_entropy_ does, with torch's wording where torch raises."""
+    written = logits._base if logits._base is not None else logits
+    if written.is_leaf and written.requires_grad:
+        view = "a view of a leaf" if written is not logits else "a leaf"
+        raise RuntimeError(f"{view} Variable that requires grad is being used in an in-place operation.")
+    if target.requires_grad:
+        raise RuntimeError("cross_entropy: inplace=True overwrites the logits that the gradient of target needs")
+    if not torch.ops.aten.is_non_overlapping_and_dense(logits):
+        raise RuntimeError("cross_entropy: inplace=True needs logits that are dense in memory and do not overlap")
+
+
 def on_meta(value: Any) -> Any:
     return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
 
@@ -206,6 +221,7 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    inplace: bool = False,
     **options: Unpack[CallOptions],
 ) -> Tensor:
     r"""The cross-entropy of logits whose classes lie in shards on the processes of a group.
@@ -225,6 +241,8 @@ def vocab_parallel_cross_entropy(
         group: of the processes; by default all of them.
         weight: of each of all classes, the same in all processes, without a gradient.
         valid_classes: how many of all classes there are; the last columns of the last processes are padding.
+        inplace: the backward pass writes the gradient over the local logits instead of taking as much memory again.
+            What needs the logits later in a backward pass raises an error; a second backward pass is not possible.
         ignore_index, reduction, label_smoothing, options: as in :func:`cross_entropy.cross_entropy`, the same in all
             processes.
 
@@ -235,7 +253,8 @@ def vocab_parallel_cross_entropy(
         The same loss in all processes.
 
     Raises:
-        ValueError: the processes' rows or dtypes differ. Otherwise as :func:`cross_entropy.cross_entropy`.
+        ValueError: the processes' rows or dtypes differ. Otherwise as :func:`cross_entropy.cross_entropy`, with
+            `inplace` too.
     """
     number = _Reduction.get_enum(reduction)
     call = Call(local_logits, target, number, options)
@@ -252,13 +271,15 @@ def vocab_parallel_cross_entropy(
     whole_target = whole if target.is_floating_point() and target.shape == logits.shape else on_meta(target)
     of_whole = {name: on_meta(value) for name, value in arguments.items()} | {"valid_classes": shard.total}
     OPERATORS.loss(whole, whole_target, on_meta(weight), number, ignore_index, label_smoothing, **of_whole)
+    if inplace and logits.requires_grad and torch.is_grad_enabled():
+        _check_overwritable(logits, target)
     full_precision = arguments.pop("full_precision", False) or torch.is_autocast_enabled(logits.device.type)
     scale = arguments.pop("logit_scale_tensor", None)
     if scale is not None:  # its gradient is summed over the processes before it is rounded
         scale = scale.to(accumulator_of(logits))
     of_logits: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     of_logits |= {name: arguments.pop(name) for name in ("softcap", "logit_scale", "z_loss") if name in arguments}
-    rows = _Rows.apply(logits, target, weight, scale, shard, of_logits)
+    rows = _Rows.apply(logits, target, weight, scale, shard, inplace, of_logits)
     loss: Tensor = OPERATORS.reduce(
         rows, logits, target, weight, number, ignore_index, 0.0, full_precision, all_classes=shard.total, **arguments
     )

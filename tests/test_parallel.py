@@ -44,7 +44,7 @@ def own_classes(tensor: torch.Tensor, dim: int, at: list[int]) -> torch.Tensor:
     return tensor.narrow(dim, at[rank], at[rank + 1] - at[rank])
 
 
-def check(arguments: dict, at: list[int], upstream_seed: int = 0) -> None:
+def check(arguments: dict, at: list[int], upstream_seed: int = 0, inplace: bool = False) -> None:
     """Loss and gradients of this process against those of the whole."""
     arguments = dict(arguments)
     logits, target = arguments.pop("input"), arguments.pop("target")
@@ -67,7 +67,8 @@ def check(arguments: dict, at: list[int], upstream_seed: int = 0) -> None:
     local = [own_classes(logits, dim, at).clone().requires_grad_()]
     local += [own_classes(target, dim, at).clone().requires_grad_() if soft else target]
     of_call = {name: arguments[name].detach().clone().requires_grad_() for name in others}
-    loss = vocab_parallel_cross_entropy(*local, **arguments | of_call)
+    x = local[0] * 1 if inplace else local[0]
+    loss = vocab_parallel_cross_entropy(x, local[1], **arguments | of_call, inplace=inplace)
     accurate = accumulator(logits.dtype)
     assert loss.dtype == upstream.dtype
     assert_close(loss, expected.detach(), accurate)
@@ -75,6 +76,8 @@ def check(arguments: dict, at: list[int], upstream_seed: int = 0) -> None:
     dist.all_gather(same, loss.detach())
     assert all(torch.equal(other, loss) for other in same)
     grads = torch.autograd.grad(loss, [local[0], *local[1:] * soft, *of_call.values()], upstream)
+    if inplace:
+        assert torch.equal(x, grads[0])
     for i in range(1 + soft):
         expected_grads[i] = own_classes(expected_grads[i], dim, at)
     # What differences are of: a probability and (weighted) 1; a row's loss and the mean; the scale's sum of both signs.
@@ -98,7 +101,8 @@ def each_option() -> None:
                 arguments = make(
                     shape, [name] if name else [], dtype, kind, weighted, smoothing, reduction, seed=generator.random()
                 )
-                check(arguments, cuts(shape[class_dim(shape)], generator))
+                inplace = kind != "probabilities" and generator.choice([False, True])
+                check(arguments, cuts(shape[class_dim(shape)], generator), inplace=inplace)
 
 
 @case
@@ -112,7 +116,8 @@ def together() -> None:
         torch.manual_seed(generator.randrange(1000))
         last = generator.random() < 0.4
         arguments = make(shape, names, *options, last=last, seed=generator.random())
-        check(arguments, cuts(shape[class_dim(shape)], generator))
+        inplace = options[1] != "probabilities" and generator.choice([False, True])
+        check(arguments, cuts(shape[class_dim(shape)], generator), inplace=inplace)
 
 
 @case
@@ -216,7 +221,32 @@ def errors() -> None:
     raises(ValueError, "row_weight", logits, target, row_weight=torch.ones(5))
     raises(RuntimeError, "label_smoothing", logits, target, label_smoothing=1.5)
     raises(ValueError, "not a valid value for reduction", logits, target, reduction="batchmean")
-    raises(TypeError, "unexpected keyword argument 'inplace'", logits, target, inplace=True)
+    leaf = torch.randn(6, 4, requires_grad=True)
+    raises(RuntimeError, "^a leaf Variable", leaf, target, inplace=True)
+    raises(RuntimeError, "^a view of a leaf Variable", leaf[:], target, inplace=True)
+    raises(RuntimeError, "do not overlap", (leaf * 1)[:, :1].expand(6, 4), target, inplace=True)
+    raises(RuntimeError, "gradient of target", leaf * 1, torch.rand(6, 4, requires_grad=True), inplace=True)
+
+
+@case
+def overwritten_logits() -> None:
+    """Whoever needs them raises an error; without a gradient they are left alone."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(6, 4), torch.randint(4 * dist.get_world_size(), (6,))
+    for reduction in ("mean", "none"):
+        x = logits.clone().requires_grad_() * 1
+        square = x.square().sum()
+        loss = vocab_parallel_cross_entropy(x, target, reduction=reduction, inplace=True).sum()
+        assert torch.equal(x, logits)
+        loss.backward(retain_graph=True)
+        for late in (loss, square):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                late.backward()
+    x = logits.clone()
+    vocab_parallel_cross_entropy(x, target, inplace=True)
+    with torch.no_grad():
+        vocab_parallel_cross_entropy(x.requires_grad_(), target, inplace=True)
+    assert torch.equal(x, logits)
 
 
 # DTensor logits.
