@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 from torch.nn import _reduction as _Reduction
 
+from cross_entropy import _C
 from cross_entropy.options import NONE, Call, CallOptions, accumulator_of, shows_options
 
 __all__ = ["vocab_parallel_cross_entropy"]
@@ -97,7 +98,7 @@ def backward(
     weight: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    """What one of the backward operators makes of what forward() has left of the rows."""
+    """What one of the backward operators makes of what forward() has left of the rows; of backward_ the logits."""
     if shard.own == 0:
         operand = {OPERATORS.target_backward: target, OPERATORS.logit_scale_backward: options["logit_scale_tensor"]}
         if operator is not OPERATORS.backward_:
@@ -107,8 +108,8 @@ def backward(
     inputs = shard.inputs(logits, target, weight, **options)
     of_rows = {"grad_lse": grad_lse, "max": top, "sum": total, "coefficients": coefficients}
     nothing = dict.fromkeys(["grad_log_prob", "grad_entropy", "entropy", "teacher_max", "teacher_sum", "mean"])
-    result: Tensor = operator(grad_loss=grad_loss, **of_rows, **nothing, **inputs)
-    return result
+    result: Tensor | None = operator(grad_loss=grad_loss, **of_rows, **nothing, **inputs)
+    return logits if result is None else result
 
 
 class _Rows(torch.autograd.Function):
@@ -133,8 +134,8 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, weight, scale, *rows = ctx.saved_tensors
-        shard = ctx.shard
+        saved, target, weight, scale, *rows = ctx.saved_tensors
+        logits, shard = saved.detach(), ctx.shard
 
         def by(operator: Any) -> Tensor:
             options = {**ctx.options, "logit_scale_tensor": scale, "reduction": NONE}
@@ -146,12 +147,10 @@ class _Rows(torch.autograd.Function):
         if of_scale:
             dist.all_reduce(scale_grad, group=shard.group)
         logits_grad = None
-        if of_logits and ctx.inplace:  # last: the others have read the logits
-            logits = logits_grad = logits.detach()
-            by(OPERATORS.backward_)
+        if of_logits:  # last: the others read the logits
+            logits_grad = by(OPERATORS.backward_ if ctx.inplace else OPERATORS.backward)
+        if of_logits and ctx.inplace:
             increment_version(logits)
-        elif of_logits:
-            logits_grad = by(OPERATORS.backward)
         return logits_grad, target_grad, None, scale_grad, None, None, None
 
 
@@ -193,18 +192,6 @@ def _shard_of(logits: Tensor, group: ProcessGroup | None, valid_classes: int | N
     assert group is not None
     sizes = exchange(group, rows, logits.shape[dim], logits.dtype, logits.device)
     return Shard.of(group, dist.get_rank(group), sizes, valid_classes), sum(sizes)
-
-
-def _check_overwritable(logits: Tensor, target: Tensor) -> None:
-    """As cross_entropy_ does, with torch's wording where torch raises."""
-    written = logits._base if logits._base is not None else logits
-    if written.is_leaf and written.requires_grad:
-        view = "a view of a leaf" if written is not logits else "a leaf"
-        raise RuntimeError(f"{view} Variable that requires grad is being used in an in-place operation.")
-    if target.requires_grad:
-        raise RuntimeError("cross_entropy: inplace=True overwrites the logits that the gradient of target needs")
-    if not torch.ops.aten.is_non_overlapping_and_dense(logits):
-        raise RuntimeError("cross_entropy: inplace=True needs logits that are dense in memory and do not overlap")
 
 
 def on_meta(value: Any) -> Any:
@@ -272,7 +259,9 @@ def vocab_parallel_cross_entropy(
     of_whole = {name: on_meta(value) for name, value in arguments.items()} | {"valid_classes": shard.total}
     OPERATORS.loss(whole, whole_target, on_meta(weight), number, ignore_index, label_smoothing, **of_whole)
     if inplace and logits.requires_grad and torch.is_grad_enabled():
-        _check_overwritable(logits, target)
+        if target.requires_grad:
+            raise RuntimeError("cross_entropy: inplace=True overwrites the logits that the gradient of target needs")
+        _C.check_overwritable(logits)
     full_precision = arguments.pop("full_precision", False) or torch.is_autocast_enabled(logits.device.type)
     scale = arguments.pop("logit_scale_tensor", None)
     if scale is not None:  # its gradient is summed over the processes before it is rounded

@@ -538,9 +538,7 @@ Tensor loss_autograd_(const Inputs& in) {
   if (requires_grad(in.row_weight)) {
     return loss_of_weighted_rows(in, cross_entropy_);
   }
-  torch::autograd::check_inplace(logits, /*requires_grad=*/true);
-  TORCH_CHECK(logits.is_non_overlapping_and_dense(),
-              "cross_entropy: inplace=True needs logits that are dense in memory and do not overlap");
+  check_overwritable(logits);
   auto node = make_backward(in);
   Tensor loss;
   if (computes_grad_in_forward(in)) {
@@ -702,6 +700,12 @@ void scale__autograd(Tensor& grad, const Tensor& factor) {
 }
 
 }  // namespace
+
+void check_overwritable(const Tensor& logits) {
+  torch::autograd::check_inplace(logits, /*requires_grad=*/true);
+  TORCH_CHECK(logits.is_non_overlapping_and_dense(),
+              "cross_entropy: inplace=True needs logits that are dense in memory and do not overlap");
+}
 
 Tensor cross_entropy(const Inputs& in) {
   if (at::isFloatingType(in.target.scalar_type()) && at::isFloatingType(in.logits.scalar_type()) &&

@@ -191,6 +191,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(py::handle logits, py::
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+void check_overwritable(const at::Tensor& logits) {
+  HANDLE_TH_ERRORS
+  ce::check_overwritable(logits);
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 void check_errors() {
   HANDLE_TH_ERRORS
   py::gil_scoped_release no_gil;
@@ -232,6 +238,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy_with_options", &cross_entropy_with_options);
   m.def("row_stats", &row_stats);
   m.def("stats", &stats);
+  m.def("check_overwritable", &check_overwritable);
   m.def("check_errors", &check_errors);
   m.def("release_memory", &ce::cpu::release_large, py::call_guard<py::gil_scoped_release>());
   m.def("build_info", &build_info);

@@ -111,6 +111,8 @@ using Diverged = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::
 at::Tensor cross_entropy(const Inputs&);
 // The same whose gradient replaces the logits.
 at::Tensor cross_entropy_(const Inputs&);
+// Raises where autograd or their memory forbids to replace these logits, whose gradient is needed.
+void check_overwritable(const at::Tensor& logits);
 // Each row's (maximum, logsumexp, loss) with autograd through the last two.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> row_stats(const at::Tensor& logits, const at::Tensor& target,
                                                          const OptionalTensor& weight, c10::SymInt ignore_index,
